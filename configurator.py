@@ -49,7 +49,9 @@ class ModelConfig:
     position_encoding: Literal["learned_absolute", "rope", "none"] = "learned_absolute"  # how a token knows its place
     rope_theta: float = 10000.0  # base of the rotary frequencies
     ffn_type: Literal["standard", "swiglu"] = "standard"  # two matrices and an activation, or three and a SiLU gate
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"] = "gelu"  # of ffn_type=standard; gelu_tanh is OpenAI's
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"] = (
+        "gelu"  # of ffn_type=standard; gelu_tanh is OpenAI's
+    )
     bias: bool = False  # biases in the linear layers and in layernorm
     weight_tying: bool = True  # one matrix for the token embedding and the language-model head
     qk_norm: bool = False  # RMSNorm of queries and keys, per head
@@ -153,7 +155,9 @@ class RunConfig:
     run_name: str = ""  # names the run's files; empty takes the time stamp (a resumed run keeps its name)
     seed: int = 1337  # of initialisation, sample order and dropout
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of the arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
+    )
     compile: bool = True  # torch.compile the model
     deterministic: bool = False  # bitwise reproducible on a GPU too, at some cost in speed
     max_hours: float | None = None  # save and stop after so many hours; none does not stop
@@ -175,3 +179,358 @@ class Config:
     def values(self) -> dict[str, Any]:
         """Every knob, flat: what is logged and saved with a checkpoint."""
         return {name: value for section in SECTIONS for name, value in vars(getattr(self, section)).items()}
+
+
+SECTIONS = {f.name: type(f.default) for f in dataclasses.fields(Config) if f.name != "origins"}
+ALIASES = {"eval_freq": "eval_interval", "checkpoint_freq": "checkpoint_interval"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One knob: its section, its type (`optional` ones may be none) and its default."""
+
+    name: str
+    section: str
+    type: Any
+    optional: bool
+    default: Any
+
+    @property
+    def type_name(self) -> str:
+        name = "|".join(typing.get_args(self.type)) if typing.get_origin(self.type) is Literal else self.type.__name__
+        return f"{name} or none" if self.optional else name
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value as the user gave it: text from the command line (`is_text`) or an object from a config file."""
+
+    name: str
+    value: Any
+    origin: str
+    is_text: bool
+
+
+def knobs_of(sections: dict[str, type]) -> dict[str, Knob]:
+    """All knobs of the sections by name; names are unique, so a flat namespace serves all of them."""
+    knobs: dict[str, Knob] = {}
+    for section, cls in sections.items():
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            kind, optional = hints[f.name], False
+            if isinstance(kind, types.UnionType):  # X | None
+                kind, optional = next(a for a in typing.get_args(kind) if a is not type(None)), True
+            assert f.name not in knobs, f"two knobs are named {f.name}"
+            knobs[f.name] = Knob(f.name, section, kind, optional, f.default)
+    return knobs
+
+
+def load_config(argv: Sequence[str], sections: dict[str, type] | None = None) -> Config:
+    """The configuration of a run from its command line: `[config.py ...] [--knob=value ...]`.
+
+    With `sections`, only those are read (a command that needs few knobs); the others keep their defaults.
+    Raises UserError listing every problem at once. `--help` and `--print_config` print and exit.
+    """
+    knobs = knobs_of(sections or SECTIONS)
+    files, flags, problems = split_command_line(argv, knobs)
+    given: list[Given] = []
+    for name in files:
+        given += read_config_file(name, knobs, problems)
+    values, origins, failed = {}, dict.fromkeys(knobs, "default"), set()
+    for item in given + flags:
+        name = ALIASES.get(item.name, item.name)
+        if name not in knobs:
+            problems.append(f"{item.origin}: {unknown_knob(item.name, knobs)}")
+            continue
+        try:
+            values[name] = convert(knobs[name], item)
+            origins[name] = "command line" if item.is_text else item.origin
+        except ValueError as error:
+            problems.append(f"{item.origin}: {error}")
+            failed.add(name)
+    cfg = build_config(values, origins, sections or SECTIONS)
+    problems += [f"{origin_of(names, origins)}: {text}" for names, text in impossible(cfg) if not failed & set(names)]
+    if problems:
+        raise UserError("\n".join(problems))
+    if "--print_config" in argv:
+        print_config(cfg, knobs)
+        sys.exit(0)
+    return cfg
+
+
+def build_config(values: dict[str, Any], origins: dict[str, str], sections: dict[str, type]) -> Config:
+    built = {section: section_from(cls, values) for section, cls in sections.items()}
+    if values.get("resume"):  # resume=latest is an order to resume
+        built["checkpoint"] = dataclasses.replace(built["checkpoint"], init_from="resume")
+    return Config(**built, origins=origins)
+
+
+def section_from(cls: type, values: dict[str, Any]) -> Any:
+    """A section from flat knob values, such as those saved with a checkpoint; what is absent keeps its default."""
+    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+def split_command_line(argv: Sequence[str], knobs: dict[str, Knob]) -> tuple[list[str], list[Given], list[str]]:
+    """(config files, flags, problems). A value may follow `=` or stand as the next word; a boolean may stand alone."""
+    files: list[str] = []
+    flags: list[Given] = []
+    problems: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("--help", "-h"):
+            print_help(knobs)
+            sys.exit(0)
+        if word == "--print_config":
+            continue
+        if not word.startswith("-"):
+            files.append(word)
+            continue
+        name, equals, value = word.lstrip("-").partition("=")
+        knob = knobs.get(ALIASES.get(name, name))
+        if not equals:
+            takes_next = words and not words[0].startswith("--")
+            if knob and knob.type is bool:
+                value = words.pop(0) if takes_next and words[0].lower() in BOOLEANS else "true"
+            elif takes_next:
+                value = words.pop(0)
+            elif knob:
+                problems.append(f"--{name}: needs a value, e.g. --{name}={knob.default!r}")
+                continue
+        flags.append(Given(name, value, f"--{name}", is_text=True))
+    return files, flags, problems
+
+
+def find_file(name: str) -> Path:
+    """A file the user named: from where he stands, else from the repository. Raises UserError."""
+    for path in (Path(name), ROOT / name):
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(Path(name).name, [p.name for p in (ROOT / "config").glob("*.py")], n=1)
+    hint = (
+        f"; did you mean config/{near[0]}?"
+        if near
+        else f"; config/ has {', '.join(sorted(p.name for p in (ROOT / 'config').glob('*.py')))}"
+    )
+    raise UserError(f"{name}: no such config file (flags are written --knob=value){hint}")
+
+
+def read_config_file(name: str, knobs: dict[str, Knob], problems: list[str]) -> list[Given]:
+    """The public top-level names of a Python file, run in a namespace of its own.
+
+    Imported modules, functions and classes are no knobs; neither is a `_name`. What goes wrong is added to `problems`.
+    """
+    try:
+        path = find_file(name)
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source, filename=name)
+    except UserError as error:
+        problems.append(str(error))
+        return []
+    except (SyntaxError, UnicodeDecodeError, OSError) as error:
+        problems.append(f"{name}:{getattr(error, 'lineno', 1) or 1}: not a Python config file: {getattr(error, 'msg', error)}")
+        return []
+    namespace: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
+    try:
+        exec(compile(tree, name, "exec"), namespace)
+    except Exception as error:
+        frame = error.__traceback__
+        lines = []
+        while frame:
+            lines += [frame.tb_lineno] if frame.tb_frame.f_code.co_filename == name else []
+            frame = frame.tb_next
+        problems.append(f"{name}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}")
+        return []
+    line_of = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return [
+        Given(key, value, f"{name}:{line_of.get(key, 1)}", is_text=False)
+        for key, value in namespace.items()
+        if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)
+    ]
+
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+def convert(knob: Knob, given: Given) -> Any:
+    """The value in the knob's own type. Raises ValueError that says what is accepted."""
+    value = given.value
+    if knob.optional and (value is None or (given.is_text and value.lower() == "none")):
+        return None
+    if typing.get_origin(knob.type) is Literal:
+        choices = typing.get_args(knob.type)
+        if value in choices:
+            return value
+        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        raise ValueError(
+            f"{knob.name}={value!r} is not one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    wrong = ValueError(
+        f"{knob.name}={value!r} is not {'an' if knob.type is int else 'a'} {knob.type_name}, such as {example(knob)}"
+    )
+    if knob.type is str:
+        if not isinstance(value, str):
+            raise wrong
+        return value
+    if knob.type is bool:
+        key = (
+            str(value).lower()
+            if given.is_text
+            else {True: "true", False: "false"}.get(value, "")
+            if isinstance(value, int)
+            else ""
+        )
+        if key not in BOOLEANS:
+            raise wrong
+        return BOOLEANS[key]
+    if given.is_text:
+        try:
+            value = int(value)
+        except ValueError:
+            try:
+                value = float(value)
+            except ValueError:
+                raise wrong from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise wrong
+    if knob.type is int and value != int(value):
+        raise wrong
+    return knob.type(value)
+
+
+def example(knob: Knob) -> str:
+    if knob.type is bool:
+        return "True or False"
+    return repr(knob.default if knob.default is not None else knob.type(8))
+
+
+def unknown_knob(name: str, knobs: dict[str, Knob]) -> str:
+    near = difflib.get_close_matches(name, [*knobs, *ALIASES], n=1)
+    return f"unknown knob '{name}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all")
+
+
+def origin_of(names: Iterable[str], origins: dict[str, str]) -> str:
+    """Where the first of the knobs that the user set himself was set."""
+    names = list(names)
+    name = next((n for n in names if origins.get(n, "default") != "default"), names[0])
+    origin = origins.get(name, "default")
+    return f"--{name}" if origin in ("command line", "default") else origin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Impossible values and combinations
+# ---------------------------------------------------------------------------------------------------------------------
+
+POSITIVE = "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps log_interval adam_eps norm_eps rope_theta sample_tokens"
+NOT_NEGATIVE = (
+    "n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip eval_interval eval_iters "
+    "sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs gradient_log_interval seed max_skipped_steps"
+)
+
+
+def impossible(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
+    """What cannot be: (the knobs concerned, one line that says what to type instead)."""
+    values, m, found = cfg.values(), cfg.model, []
+
+    def check(ok: bool, names: str, text: str) -> None:
+        if not ok:
+            found.append((tuple(names.split()), text))
+
+    for name in POSITIVE.split():
+        check(values[name] > 0, name, f"{name}={values[name]} must be greater than 0")
+    for name in NOT_NEGATIVE.split():
+        check(values[name] >= 0, name, f"{name}={values[name]} must not be negative")
+    for name in ("dropout", "beta1", "beta2"):
+        check(0 <= values[name] < 1, name, f"{name}={values[name]} must be in [0, 1)")
+    check(0 < cfg.optim.wsd_decay_fraction <= 1, "wsd_decay_fraction", "wsd_decay_fraction must be in (0, 1]")
+    check(cfg.run.max_hours is None or cfg.run.max_hours > 0, "max_hours", "max_hours must be greater than 0, or none")
+    check(
+        re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.run.device) is not None,
+        "device",
+        f"device={cfg.run.device!r} is not one of auto, cpu, cuda, cuda:N",
+    )
+    check(
+        cfg.checkpoint.init_from in ("scratch", "resume"),
+        "init_from",
+        f"init_from={cfg.checkpoint.init_from!r} is not one of scratch, resume",
+    )
+    check("/" not in cfg.run.run_name, "run_name", f"run_name={cfg.run.run_name!r} names files: it must not contain a slash")
+    if found:  # the combinations below divide by these values
+        return found
+    near = [h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0]
+    check(
+        m.n_embd % m.n_head == 0,
+        "n_head n_embd",
+        f"n_head={m.n_head} does not divide n_embd={m.n_embd}; the nearest that do are {nearest(near, m.n_head)}",
+    )
+    near = [h for h in range(1, m.n_head + 1) if m.n_head % h == 0]
+    check(
+        m.n_head % m.kv_heads == 0,
+        "n_kv_head n_head",
+        f"n_kv_head={m.n_kv_head} does not divide n_head={m.n_head}; the nearest that do are {nearest(near, m.kv_heads)}",
+    )
+    check(
+        m.position_encoding != "rope" or m.head_dim % 2 == 0,
+        "position_encoding n_head n_embd",
+        f"rope turns pairs: n_embd/n_head={m.head_dim} must be even",
+    )
+    check(
+        not cfg.optim.decay_lr or cfg.optim.min_lr <= cfg.optim.learning_rate or cfg.optim.lr_schedule == "constant",
+        "learning_rate min_lr",
+        f"min_lr={cfg.optim.min_lr} is above learning_rate={cfg.optim.learning_rate}; pass --min_lr={cfg.optim.learning_rate / 10:g}",
+    )
+    return found
+
+
+def nearest(values: list[int], target: int) -> str:
+    """The closest legal values on both sides of the target."""
+    below, above = [v for v in values if v <= target][-1:], [v for v in values if v > target][:1]
+    return " and ".join(map(str, below + above))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Printing them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def knob_comments() -> dict[str, str]:
+    """Each knob's one-line meaning: the comment behind it in this file."""
+    line = re.compile(r"    (\w+): .+? = .+?  # (.+)")
+    return {m[1]: m[2] for m in map(line.fullmatch, Path(__file__).read_text(encoding="utf-8").splitlines()) if m}
+
+
+def print_help(knobs: dict[str, Knob]) -> None:
+    command, comments, section = Path(sys.argv[0]).name, knob_comments(), ""
+    print(f"usage: python {command} [config.py ...] [--knob=value ...] [--help] [--print_config]\n")
+    print("Later config files win over earlier ones, and flags over files. A boolean may stand alone (--compile).")
+    for knob in knobs.values():
+        if knob.section != section:
+            section = knob.section
+            print(f"\n{section}")
+        print(f"  --{knob.name}={knob.default!r} ({knob.type_name})\n        {comments[knob.name]}")
+    print("\naliases: " + ", ".join(f"--{a} = --{b}" for a, b in ALIASES.items() if b in knobs))
+
+
+def print_config(cfg: Config, knobs: dict[str, Knob]) -> None:
+    """The resolved knobs, each with its origin; the output is a config file itself."""
+    values = cfg.values()
+    for name in knobs:
+        print(f"{name} = {values[name]!r}  # {cfg.origins[name]}")
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Run a command's main; a user's mistake is one message on stderr and exit code 2, without a traceback."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        lines = str(error).splitlines()
+        print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `... | head` closed our output: nothing is wrong
+        sys.stderr.close()
+        sys.exit(0)
