@@ -1,0 +1,104 @@
+"""The optimizer: which parameters decay, the learning rate as a function of the step, and one guarded update.
+
+The update needs nothing from the host: gradient clipping and the loss scale become one divisor inside the fused AdamW
+kernel, and a gradient that is not finite makes the kernel leave weights and state as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from configurator import OptimConfig
+
+
+def learning_rate(step: int, cfg: OptimConfig) -> float:
+    """The learning rate of step `step`, counted from 0: a pure function, so that a resumed run needs no scheduler state.
+
+    Linear warm-up over `warmup_iters`, then cosine (nanoGPT's), linear, wsd (constant, then a linear decay over the last
+    `wsd_decay_fraction` of `lr_decay_iters`; Hu et al. 2024, MiniCPM) or constant; `min_lr` from `lr_decay_iters` on.
+    """
+    if not cfg.decay_lr:
+        return cfg.learning_rate
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
+    if cfg.lr_schedule == "constant":
+        return cfg.learning_rate
+    start = cfg.warmup_iters
+    if cfg.lr_schedule == "wsd":
+        start = max(start, round(cfg.lr_decay_iters * (1 - cfg.wsd_decay_fraction)))
+    if step < start:
+        return cfg.learning_rate
+    if step >= cfg.lr_decay_iters:
+        return cfg.min_lr
+    progress = (step - start) / (cfg.lr_decay_iters - start)
+    remaining = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.lr_schedule == "cosine" else 1 - progress
+    return cfg.min_lr + remaining * (cfg.learning_rate - cfg.min_lr)
+
+
+def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW with its state in place; matrices and embeddings decay, vectors (norms, biases) do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+    for p in model.parameters():  # made now and not in the first step, so that a checkpoint always finds the same tensors
+        state = optimizer.state[p]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+    return optimizer
+
+
+def describe_groups(optimizer: torch.optim.AdamW) -> list[str]:
+    """nanoGPT's two lines on what decays and what does not."""
+    lines = []
+    for group in optimizer.param_groups:
+        kind, count = "decayed" if group["weight_decay"] else "non-decayed", sum(p.numel() for p in group["params"])
+        lines.append(f"num {kind} parameter tensors: {len(group['params'])}, with {count:,} parameters")
+    return lines
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """AdamW's state by parameter name (`optim.<parameter>.exp_avg`): what a checkpoint keeps."""
+    return {f"optim.{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update measured, as float32 scalars on the device; nothing here has waited for them."""
+
+    norm: torch.Tensor  # of the whole gradient, before clipping
+    overflow: torch.Tensor  # 1 where the gradient was not finite and the step was skipped, else 0
+    mean: torch.Tensor | None  # of all gradient elements, where asked for
+    std: torch.Tensor | None
+
+
+def update(optimizer: torch.optim.AdamW, cfg: OptimConfig, lr: float, scale: torch.Tensor, with_stats: bool) -> Update:
+    """One AdamW step on the gradients in place, which are `scale` times too large; then the gradients are dropped.
+
+    The norm is global over all parameters; with `grad_clip` > 0 the gradient is divided by max(1, norm / grad_clip).
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale
+    overflow = 1.0 - torch.isfinite(norm).float()
+    mean, std = gradient_moments(gradients, norm, scale) if with_stats else (None, None)
+    shrink = (norm / cfg.grad_clip).clamp(min=1.0) if cfg.grad_clip > 0 else torch.ones_like(norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.grad_scale, optimizer.found_inf = scale * shrink, overflow  # the protocol of torch.amp.GradScaler
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return Update(norm, overflow, mean, std)
+
+
+def gradient_moments(
+    gradients: list[torch.Tensor], norm: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation over all gradient elements; std^2 = norm^2 / n - mean^2."""
+    n = sum(g.numel() for g in gradients)
+    mean = torch.stack([g.sum(dtype=torch.float32) for g in gradients]).sum() / scale / n
+    return mean, (norm.square() / n - mean.square()).clamp(min=0.0).sqrt()
