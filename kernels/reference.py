@@ -1,0 +1,52 @@
+"""The operations around the matrix products in plain PyTorch: the truth, and what torch.compile fuses.
+
+Each one computes in float32 whatever its inputs are and returns its input's dtype, so that autocast changes nothing in it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """weight * (x - mean) / sqrt(var + eps) + bias, over the last axis: x (..., C), weight and bias (C,) -> (..., C)."""
+    bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias, eps).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis: x (..., C), weight (C,) -> (..., C)."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, where silu(z) = z * sigmoid(z): gate_up (..., 2F), gate first -> (..., F)."""
+    gate, up = gate_up.chunk(2, dim=-1)  # (..., F) each
+    return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each pair (i, i + D/2) of a head by its position's angle: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    q (B, T, H, D), k (B, T, K, D), cos and sin (T, D/2) float32 -> q and k rotated, in their dtypes. LLaMA's convention
+    as `transformers` has it; the pairs of the RoFormer paper, section 3.2.2, are neighbours instead: the same up to an order.
+    """
+    cos, sin = cos[:, None, :], sin[:, None, :]  # (T, 1, D/2), the same for every head
+
+    def rotate(x: Tensor) -> Tensor:
+        a, b = x.float().chunk(2, dim=-1)  # (B, T, heads, D/2) each
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+    return rotate(q), rotate(k)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """log(sum(exp(logits))) - logits[target] in float32, mean or sum over the targets that are not -1 -> scalar.
+
+    logits (..., V), targets (...) int64. The mean over no target at all is NaN.
+    """
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
