@@ -17,7 +17,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -426,64 +427,44 @@ def origin_of(names: Iterable[str], origins: dict[str, str]) -> str:
 # Impossible values and combinations
 # ---------------------------------------------------------------------------------------------------------------------
 
-POSITIVE = "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps log_interval adam_eps norm_eps rope_theta sample_tokens"
-NOT_NEGATIVE = (
-    "n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip eval_interval eval_iters "
-    "sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs gradient_log_interval seed max_skipped_steps"
-)
+POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_steps log_interval adam_eps norm_eps rope_theta
+    sample_tokens max_skipped_steps max_hours""".split()
+NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
+    eval_interval eval_iters sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs
+    gradient_log_interval seed""".split()
+FRACTIONS = ["dropout", "beta1", "beta2"]
 
 
 def impossible(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
     """What cannot be: (the knobs concerned, one line that says what to type instead)."""
-    values, m, found = cfg.values(), cfg.model, []
+    values = cfg.values()
+    found = [((n,), f"{n}={values[n]} must be greater than 0") for n in POSITIVE if values[n] is not None and values[n] <= 0]
+    found += [((n,), f"{n}={values[n]} must not be negative") for n in NOT_NEGATIVE if values[n] < 0]
+    found += [((n,), f"{n}={values[n]} must be in [0, 1)") for n in FRACTIONS if not 0 <= values[n] < 1]
+    if not 0 < cfg.optim.wsd_decay_fraction <= 1:
+        found.append((("wsd_decay_fraction",), f"wsd_decay_fraction={cfg.optim.wsd_decay_fraction} must be in (0, 1]"))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.run.device):
+        found.append((("device",), f"device={cfg.run.device!r} is not one of auto, cpu, cuda, cuda:N"))
+    if cfg.checkpoint.init_from not in ("scratch", "resume"):
+        found.append((("init_from",), f"init_from={cfg.checkpoint.init_from!r} is not one of scratch, resume"))
+    if "/" in cfg.run.run_name:
+        found.append((("run_name",), f"run_name={cfg.run.run_name!r} names files: it must not contain a slash"))
+    return found or impossible_combinations(cfg)  # which divide by the values checked here
 
-    def check(ok: bool, names: str, text: str) -> None:
-        if not ok:
-            found.append((tuple(names.split()), text))
 
-    for name in POSITIVE.split():
-        check(values[name] > 0, name, f"{name}={values[name]} must be greater than 0")
-    for name in NOT_NEGATIVE.split():
-        check(values[name] >= 0, name, f"{name}={values[name]} must not be negative")
-    for name in ("dropout", "beta1", "beta2"):
-        check(0 <= values[name] < 1, name, f"{name}={values[name]} must be in [0, 1)")
-    check(0 < cfg.optim.wsd_decay_fraction <= 1, "wsd_decay_fraction", "wsd_decay_fraction must be in (0, 1]")
-    check(cfg.run.max_hours is None or cfg.run.max_hours > 0, "max_hours", "max_hours must be greater than 0, or none")
-    check(
-        re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.run.device) is not None,
-        "device",
-        f"device={cfg.run.device!r} is not one of auto, cpu, cuda, cuda:N",
-    )
-    check(
-        cfg.checkpoint.init_from in ("scratch", "resume"),
-        "init_from",
-        f"init_from={cfg.checkpoint.init_from!r} is not one of scratch, resume",
-    )
-    check("/" not in cfg.run.run_name, "run_name", f"run_name={cfg.run.run_name!r} names files: it must not contain a slash")
-    if found:  # the combinations below divide by these values
-        return found
-    near = [h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0]
-    check(
-        m.n_embd % m.n_head == 0,
-        "n_head n_embd",
-        f"n_head={m.n_head} does not divide n_embd={m.n_embd}; the nearest that do are {nearest(near, m.n_head)}",
-    )
-    near = [h for h in range(1, m.n_head + 1) if m.n_head % h == 0]
-    check(
-        m.n_head % m.kv_heads == 0,
-        "n_kv_head n_head",
-        f"n_kv_head={m.n_kv_head} does not divide n_head={m.n_head}; the nearest that do are {nearest(near, m.kv_heads)}",
-    )
-    check(
-        m.position_encoding != "rope" or m.head_dim % 2 == 0,
-        "position_encoding n_head n_embd",
-        f"rope turns pairs: n_embd/n_head={m.head_dim} must be even",
-    )
-    check(
-        not cfg.optim.decay_lr or cfg.optim.min_lr <= cfg.optim.learning_rate or cfg.optim.lr_schedule == "constant",
-        "learning_rate min_lr",
-        f"min_lr={cfg.optim.min_lr} is above learning_rate={cfg.optim.learning_rate}; pass --min_lr={cfg.optim.learning_rate / 10:g}",
-    )
+def impossible_combinations(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
+    m, optim, found = cfg.model, cfg.optim, []
+    if m.n_embd % m.n_head:
+        near = nearest([h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0], m.n_head)
+        found.append((("n_head", "n_embd"), f"n_head={m.n_head} does not divide n_embd={m.n_embd}; the nearest that do: {near}"))
+    if m.n_head % m.kv_heads:
+        near = nearest([h for h in range(1, m.n_head + 1) if m.n_head % h == 0], m.kv_heads)
+        found.append((("n_kv_head", "n_head"), f"n_kv_head={m.n_kv_head} does not divide n_head={m.n_head}; the nearest: {near}"))
+    if m.position_encoding == "rope" and m.head_dim % 2:
+        found.append((("position_encoding", "n_head", "n_embd"), f"rope turns pairs: n_embd/n_head={m.head_dim} must be even"))
+    if optim.decay_lr and optim.lr_schedule != "constant" and optim.min_lr > optim.learning_rate:
+        text = f"min_lr={optim.min_lr} is above learning_rate={optim.learning_rate}; pass --min_lr={optim.learning_rate / 10:g}"
+        found.append((("learning_rate", "min_lr"), text))
     return found
 
 
@@ -523,14 +504,20 @@ def print_config(cfg: Config, knobs: dict[str, Knob]) -> None:
         print(f"{name} = {values[name]!r}  # {cfg.origins[name]}")
 
 
-def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Run a command's main; a user's mistake is one message on stderr and exit code 2, without a traceback."""
+@contextmanager
+def command_errors() -> Iterator[None]:
+    """A user's mistake becomes one message on stderr and exit code 2, without a traceback."""
     try:
-        sys.exit(main(sys.argv[1:]))
+        yield
     except UserError as error:
-        lines = str(error).splitlines()
-        print("\n".join([f"error: {lines[0]}", *(f"       {line}" for line in lines[1:])]), file=sys.stderr)
+        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # `... | head` closed our output: nothing is wrong
         sys.stderr.close()
         sys.exit(0)
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Run a command's main on the command line and exit with its code."""
+    with command_errors():
+        sys.exit(main(sys.argv[1:]))
