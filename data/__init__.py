@@ -1,0 +1,1 @@
+"""Datasets on disk: file format, tokenizers, order of samples, preparation."""
