@@ -34,6 +34,9 @@ class UserError(ValueError):
 # The knobs
 # ---------------------------------------------------------------------------------------------------------------------
 
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -50,9 +53,7 @@ class ModelConfig:
     position_encoding: Literal["learned_absolute", "rope", "none"] = "learned_absolute"  # how a token knows its place
     rope_theta: float = 10000.0  # base of the rotary frequencies
     ffn_type: Literal["standard", "swiglu"] = "standard"  # two matrices and an activation, or three and a SiLU gate
-    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"] = (
-        "gelu"  # of ffn_type=standard; gelu_tanh is OpenAI's
-    )
+    activation: Activation = "gelu"  # of ffn_type=standard; gelu_tanh is OpenAI's
     bias: bool = False  # biases in the linear layers and in layernorm
     weight_tying: bool = True  # one matrix for the token embedding and the language-model head
     qk_norm: bool = False  # RMSNorm of queries and keys, per head
@@ -156,9 +157,7 @@ class RunConfig:
     run_name: str = ""  # names the run's files; empty takes the time stamp (a resumed run keeps its name)
     seed: int = 1337  # of initialisation, sample order and dropout
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of the arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
-    )
+    dtype: DType = "auto"  # of the arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
     compile: bool = True  # torch.compile the model
     deterministic: bool = False  # bitwise reproducible on a GPU too, at some cost in speed
     max_hours: float | None = None  # save and stop after so many hours; none does not stop

@@ -73,11 +73,10 @@ class Update:
 
     norm: torch.Tensor  # of the whole gradient, before clipping
     overflow: torch.Tensor  # 1 where the gradient was not finite and the step was skipped, else 0
-    mean: torch.Tensor | None  # of all gradient elements, where asked for
-    std: torch.Tensor | None
+    moments: tuple[torch.Tensor, ...]  # mean and standard deviation of all gradient elements, where asked for
 
 
-def update(optimizer: torch.optim.AdamW, cfg: OptimConfig, lr: float, scale: torch.Tensor, with_stats: bool) -> Update:
+def update(optimizer: torch.optim.AdamW, cfg: OptimConfig, lr: float, scale: torch.Tensor, with_moments: bool) -> Update:
     """One AdamW step on the gradients in place, which are `scale` times too large; then the gradients are dropped.
 
     The norm is global over all parameters; with `grad_clip` > 0 the gradient is divided by max(1, norm / grad_clip).
@@ -85,19 +84,17 @@ def update(optimizer: torch.optim.AdamW, cfg: OptimConfig, lr: float, scale: tor
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale
     overflow = 1.0 - torch.isfinite(norm).float()
-    mean, std = gradient_moments(gradients, norm, scale) if with_stats else (None, None)
+    moments = gradient_moments(gradients, norm, scale) if with_moments else ()
     shrink = (norm / cfg.grad_clip).clamp(min=1.0) if cfg.grad_clip > 0 else torch.ones_like(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.grad_scale, optimizer.found_inf = scale * shrink, overflow  # the protocol of torch.amp.GradScaler
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Update(norm, overflow, mean, std)
+    return Update(norm, overflow, moments)
 
 
-def gradient_moments(
-    gradients: list[torch.Tensor], norm: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient_moments(gradients: list[torch.Tensor], norm: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over all gradient elements; std^2 = norm^2 / n - mean^2."""
     n = sum(g.numel() for g in gradients)
     mean = torch.stack([g.sum(dtype=torch.float32) for g in gradients]).sum() / scale / n

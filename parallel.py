@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -75,6 +74,23 @@ def memory_gb(device: torch.device) -> tuple[float, float, float] | None:
     return tuple(stats.get(key, 0) / 1e9 for key in keys)
 
 
+def random_state(device: torch.device) -> dict[str, str]:
+    """The states of torch's random number generators, hexadecimal: what a checkpoint keeps of this rank."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: state.numpy().tobytes().hex() for name, state in states.items()}
+
+
+def set_random_state(states: dict[str, str], device: torch.device) -> None:
+    """The inverse of `random_state`; a generator that the checkpoint does not know (another kind of device) keeps its seed."""
+    tensors = {name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8) for name, text in states.items()}
+    if "cpu" in tensors:
+        torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
 class ReadBack:
     """Figures of steps under way, brought to the host without making it wait for the step it has just queued.
 
@@ -82,10 +98,9 @@ class ReadBack:
     queued, so the device always has work. A step's time is the device's own, from `begin` to `push`.
     """
 
-    DEPTH = 2  # steps the host may run ahead of the device
-
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
+        self.depth = 1 if self.on_gpu else 0  # newest steps that are left alone; a CPU has finished them anyway
         self.pending: deque[tuple[Any, torch.Tensor, Any, Any]] = deque()
 
     def begin(self) -> None:
@@ -140,7 +155,7 @@ class StopRequest:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving", file=sys.stderr, flush=True)
+        os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving\n".encode())  # print is not reentrant
 
     def __bool__(self) -> bool:
         return bool(self.reason)

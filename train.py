@@ -1,0 +1,333 @@
+"""Train a language model: `python train.py config/quickstart.py [--knob=value ...]`; `--help` lists the knobs.
+
+Read `train` from top to bottom: it is the table of contents of the whole system.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from configurator import Config, command_errors, load_config, run_command
+
+if __name__ == "__main__":  # torch takes seconds to import: --help and a mistyped flag are answered before that
+    with command_errors():
+        load_config(sys.argv[1:])
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint, CheckpointStore
+from data.loader import Loader, SampleOrder, evaluation_batches
+from data.tokenizer import load_tokenizer
+from data.tokens import Dataset, load_dataset
+from model import SampleOptions, Transformer, generate
+from optim import build_optimizer, describe_groups, learning_rate, optimizer_tensors, update
+from parallel import Ranks, ReadBack, StopRequest, memory_gb, random_state, set_random_state, start_ranks
+from precision import LossScale, autocast, choose_dtype
+from startup import claim_out_dir, compile_model, identity, out_of_memory_help, run_name_of, start_report, with_vocabulary
+from training_logger import StepRecord, TrainingLogger
+
+EXIT_NON_FINITE, EXIT_OUT_OF_MEMORY = 3, 4
+
+
+class NonFiniteRun(Exception):
+    """Too many steps in a row had a gradient that is not finite."""
+
+
+def main(argv: list[str]) -> int:
+    cfg = load_config(argv)
+    try:
+        with ExitStack() as stack:
+            return train(cfg, stack)
+    except NonFiniteRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_NON_FINITE
+    except torch.OutOfMemoryError as error:
+        print(f"error: {out_of_memory_help(cfg, error)}", file=sys.stderr)
+        return EXIT_OUT_OF_MEMORY
+
+
+def train(cfg: Config, stack: ExitStack) -> int:
+    """One run, from its configuration to its exit code; what must be closed at the end is put on the stack."""
+    # 1. Ranks: device and seeds; from here on a signal ends the run in an orderly way.
+    ranks = start_ranks(cfg.run)
+    dtype = choose_dtype(cfg.run.dtype, ranks.device)
+    stop = StopRequest(cfg.run.max_hours)
+
+    # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
+    dataset = load_dataset(cfg.data, cfg.model.block_size)
+    cfg = with_vocabulary(cfg, dataset)
+    order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
+    checkpoint, notes = claim_out_dir(cfg, dataset, stack)
+
+    # 3. Model: shapes on meta, then storage and initialisation, then compile.
+    with torch.device("meta"):
+        model = Transformer(cfg.model)
+    model.to_empty(device=ranks.device).init_weights(cfg.run.seed)
+
+    # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
+    optimizer = build_optimizer(model, cfg.optim)
+
+    # 5. Resume: everything that moves is tracked by one object, so everything is restored.
+    state = TrainState(model, optimizer, LossScale(dtype, ranks.device), ranks, run_name_of(cfg, checkpoint))
+    if checkpoint:
+        state.restore(checkpoint)
+    loader = Loader(dataset.train, order, cfg.data, ranks.device, ranks.rank, ranks.world_size, state.samples)
+
+    # 6. Logger: the start report, then one record a logged step. Rank 0 writes, the others are silent.
+    resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
+    log = TrainingLogger(cfg, state.run_name, resume_iter, active=ranks.is_main)
+    log.report(*start_report(cfg, dataset, ranks, dtype))
+    for line in [*describe_groups(optimizer), *notes]:
+        log.line(line)
+    store = CheckpointStore(Path(cfg.run.out_dir), cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line)
+
+    # 7. Loop: one step, then whatever is due after it.
+    forward = compile_model(model, cfg, dtype, log.line)
+    run = Run(cfg, dataset, order, dtype, state, loader, forward, log, store, ReadBack(ranks.device), stop)
+    try:
+        loop(run)
+        store.wait()
+        log.close(stop.reason or "finished")
+    except BaseException as error:
+        log.close(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        loader.close()
+        store.close()
+    return stop.exit_code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What moves, and the parts that move it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """Everything that moves during training: `tensors` and `to_json` are a checkpoint's content, `restore` their inverse."""
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    loss_scale: LossScale
+    ranks: Ranks
+    run_name: str
+    step: int = 0  # finished steps
+    samples: int = 0  # sequences they have read: the position in the global sample order
+    best_val_loss: float | None = None
+    skipped: int = 0  # steps with a gradient that was not finite
+    skipped_in_a_row: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.model.cfg.block_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | optimizer_tensors(self.model, self.optimizer) | self.loss_scale.tensors()
+
+    def to_json(self) -> dict[str, Any]:
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {"run_name": self.run_name, "counters": counters, "rng": {str(self.ranks.rank): random_state(self.ranks.device)}}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        checkpoint.load(self.tensors())
+        for name in COUNTERS:
+            setattr(self, name, checkpoint.state["counters"][name])
+        set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank)), self.ranks.device)
+
+
+COUNTERS = ("step", "samples", "best_val_loss", "skipped", "skipped_in_a_row")
+
+
+@dataclass
+class Run:
+    """The parts of a run that its loop works with."""
+
+    cfg: Config
+    dataset: Dataset
+    order: SampleOrder
+    dtype: torch.dtype
+    state: TrainState
+    loader: Loader
+    forward: Callable[..., Tensor]  # the model, compiled where asked for
+    log: TrainingLogger
+    store: CheckpointStore
+    readback: ReadBack
+    stop: StopRequest
+    saved_step: int = -1  # when `latest` was last written
+    saved_s: float = 0.0
+    epoch_step: int = 0  # when an epoch_N checkpoint was last written
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def loop(run: Run) -> None:
+    """Step until max_iters or a stop request; after each step evaluate, sample and save what is due."""
+    cfg, state = run.cfg, run.state
+    run.saved_s, run.epoch_step = time.monotonic(), state.step
+    if cfg.eval.eval_only or (state.step == 0 and cfg.eval.eval_interval):
+        evaluate(run)
+    while state.step < cfg.optim.max_iters and not run.stop and not cfg.eval.eval_only:
+        epoch = run.order.epoch(state.samples)
+        train_step(run)
+        report_steps(run, keep=run.readback.depth)
+        last = state.step == cfg.optim.max_iters
+        improved = (due(state.step, cfg.eval.eval_interval) or (last and cfg.eval.eval_interval > 0)) and evaluate(run)
+        if due(state.step, cfg.eval.sample_interval):
+            draw_sample(run)
+        save_due(run, improved, epoch)
+    report_steps(run, keep=0)
+    if not cfg.eval.eval_only and state.step != run.saved_step:
+        save(run, ["latest"])
+
+
+def due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def train_step(run: Run) -> None:
+    """Queue one step on the device: its micro-batches, then the guarded update. Nothing in here waits for the device."""
+    cfg, state, device = run.cfg, run.state, run.state.ranks.device
+    micro_steps = cfg.data.gradient_accumulation_steps // state.ranks.world_size
+    lr = learning_rate(state.step, cfg.optim)
+    logged = state.step == 0 or due(state.step + 1, cfg.log.log_interval)
+    run.readback.begin()
+    loss = torch.zeros((), device=device)
+    for x, y in run.loader.step():  # (B, T) each; micro-batches are equally long, so the mean of their means is the mean
+        with autocast(device, run.dtype):
+            micro_loss = run.forward(x, y) / micro_steps
+        (micro_loss * state.loss_scale.scale).backward()
+        loss += micro_loss.detach()
+    with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
+    result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments)
+    state.loss_scale.update(result.overflow)
+    state.step, state.samples = state.step + 1, run.loader.position
+    tag = QueuedStep(state.step, lr, 1e3 * run.loader.wait_s, state.tokens, logged)
+    run.readback.push(tag, [loss, result.norm, result.overflow, *result.moments])
+
+
+@dataclass(frozen=True)
+class QueuedStep:
+    """What the host knows of a step when it has queued it."""
+
+    iter: int
+    lr: float
+    data_wait_ms: float
+    tokens: int
+    logged: bool
+
+
+def report_steps(run: Run, keep: int) -> None:
+    """Log the steps whose figures have arrived, all but the newest `keep`. Raises NonFiniteRun."""
+    state = run.state
+    for step, (loss, norm, overflow, *moments), time_ms in run.readback.pop(keep):
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if overflow else 0
+        if overflow:
+            state.skipped += 1
+            run.log.event("skipped_step", step.iter, f"step {step.iter} skipped: its gradient is not finite", loss=loss)
+        if state.skipped_in_a_row >= run.cfg.optim.max_skipped_steps:
+            raise NonFiniteRun(
+                f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite, the last at step {step.iter}; weights and "
+                "checkpoints are those from before. Try a lower --learning_rate, or --dtype=bfloat16 in place of float16"
+            )
+        if step.logged:
+            run.log.step(
+                StepRecord(
+                    step.iter, loss, step.lr, time_ms, step.data_wait_ms, step.tokens, norm,
+                    *(moments or (None, None)), *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped,
+                )
+            )  # fmt: skip
+
+
+def evaluate(run: Run) -> bool:
+    """Log both splits' mean loss; True where validation is the best so far. A stop request ends it early, unlogged."""
+    report_steps(run, keep=0)
+    state, val_split = run.state, run.dataset.val
+    # Where the whole validation split is asked for, the training split gives as many tokens.
+    train_iters = run.cfg.eval.eval_iters or math.ceil(len(val_split) / run.cfg.model.block_size / run.cfg.data.batch_size)
+    train_loss = split_loss(run, run.dataset.train, train_iters)
+    val_loss = split_loss(run, val_split, run.cfg.eval.eval_iters)
+    if train_loss is None or val_loss is None:
+        return False
+    bits_per_byte = val_loss / math.log(2) / run.dataset.val_bytes_per_token if run.dataset.val_bytes_per_token else None
+    run.log.evaluation(state.step, train_loss, val_loss, bits_per_byte, learning_rate(state.step, run.cfg.optim), state.tokens)
+    improved = state.best_val_loss is None or val_loss < state.best_val_loss
+    if improved:
+        state.best_val_loss = val_loss
+    return improved
+
+
+@torch.no_grad()
+def split_loss(run: Run, tokens: Any, iters: int) -> float | None:
+    """Mean loss, in nats a token, over `iters` micro-batches of a split (0: all of it); None after a stop request."""
+    ranks, cfg = run.state.ranks, run.cfg
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of losses, number of targets
+    run.state.model.eval()
+    try:
+        for x, y in evaluation_batches(tokens, cfg.model.block_size, cfg.data, iters, ranks.device, ranks.rank, ranks.world_size):
+            if run.stop:
+                return None
+            with autocast(ranks.device, run.dtype):
+                total += torch.stack([run.forward(x, y, reduction="sum"), (y >= 0).sum()])
+    finally:
+        run.state.model.train()
+    return (total[0] / total[1]).item()
+
+
+def draw_sample(run: Run) -> None:
+    """Log a continuation of `sample_prompt`; a generator of its own keeps it from moving the run's random numbers."""
+    state, cfg = run.state, run.cfg
+    tokenizer = load_tokenizer(run.dataset)
+    generator = torch.Generator(state.ranks.device).manual_seed(cfg.run.seed)
+    prompt = torch.tensor([tokenizer.encode(cfg.eval.sample_prompt)], device=state.ranks.device)  # (1, T)
+    options = SampleOptions(temperature=0.8, top_k=200, n_valid_ids=run.dataset.vocab_size)
+    with autocast(state.ranks.device, run.dtype):
+        text = generate(state.model, prompt, cfg.eval.sample_tokens, options, generator)
+    run.log.text(state.step, tokenizer.decode(text[0].tolist()))
+
+
+def save_due(run: Run, improved: bool, epoch_before: int) -> None:
+    """Save the tiers that are due after this step; `epoch_before` is the data's epoch before it."""
+    cfg, state, tiers = run.cfg.checkpoint, run.state, []
+    minutes = (time.monotonic() - run.saved_s) / 60
+    if improved:
+        tiers.append("best_model")
+    if cfg.always_save_checkpoint:
+        if due(state.step, cfg.checkpoint_interval) or (cfg.checkpoint_minutes and minutes >= cfg.checkpoint_minutes):
+            tiers.append("latest")
+        if due(state.step, cfg.rolling_interval) and cfg.keep_rolling:
+            tiers.append(f"rolling_step_{state.step}")
+        epoch = run.order.epoch(state.samples)
+        # On a small corpus an epoch may take a few steps: epochs closer together than checkpoint_interval are passed over.
+        if epoch > epoch_before and cfg.keep_epochs and state.step - run.epoch_step >= cfg.checkpoint_interval:
+            run.epoch_step = state.step
+            tiers.append(f"epoch_{epoch}")
+    if tiers:
+        save(run, tiers)
+    run.store.poll()
+
+
+def save(run: Run, tiers: list[str]) -> None:
+    """Hand the state to the store, which writes it while training goes on."""
+    report_steps(run, keep=0)  # the counters of skipped steps are in the checkpoint
+    state = run.state
+    if "latest" in tiers:
+        run.saved_step, run.saved_s = state.step, time.monotonic()
+    about = {"config": {"values": run.cfg.values(), "origins": run.cfg.origins}, **identity(run.cfg, run.dataset)}
+    run.store.save(state.step, state.tensors(), state.to_json() | about | {"val_loss": state.best_val_loss}, tiers)
+
+
+if __name__ == "__main__":
+    run_command(main)
