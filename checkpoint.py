@@ -5,9 +5,11 @@
         state.json                  everything else that a resumed run needs
         manifest.json               written last: format version, size and SHA-256 of every file
 
-A checkpoint is written into `.writing-<tier>` and renamed. A tier that already exists moves to `.old-<tier>` first (`latest`
-to `latest_backup`), so that at every instant one whole checkpoint has a name; `.trash-<tier>` is being deleted. Tiers of
-one step share their files by hard links. torch is imported where it is used: `--help` and `list` answer at once.
+A checkpoint is written into `.writing-<tier>` and renamed when it is whole. Of the checkpoints that have the name already,
+`latest` becomes `latest_backup` and any other `.old-<tier>` until the new one is in place, so that at every instant what
+was whole is still there under a name that readers know. Tiers of one step share their files by hard links.
+
+torch is imported inside the functions that need it: `--help` and `list` answer at once.
 """
 
 from __future__ import annotations
@@ -144,19 +146,18 @@ class CheckpointStore:
         try:
             if needed_bytes > shutil.disk_usage(self._root).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            first = None
+            source = None
             for tier in tiers:
                 folder = self._root / f".writing-{tier}"
                 _delete(folder)
                 folder.mkdir()
-                if first is None:
+                if source is None:
                     manifest = _write_folder(folder, about, tensors, state)
                 else:
-                    _link_folder(first, folder)
-                first = _publish(folder, tier)
-                n_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+                    _link_folder(source, folder)
+                source = _publish(folder, tier)
                 elapsed_s = time.perf_counter() - t0_s
-                self._reports.put(SavedCheckpoint(tier, first, about["iter"], n_bytes, elapsed_s, about["val_loss"]))
+                self._reports.put(SavedCheckpoint(tier, source, about["iter"], _size(manifest), elapsed_s, about["val_loss"]))
             self._prune()
         except OSError as error:
             self._reports.put(self._describe(error, about["iter"], needed_bytes))
@@ -165,7 +166,7 @@ class CheckpointStore:
 
     def _describe(self, error: OSError, iter: int, needed_bytes: int) -> str:
         for folder in self._root.glob(".writing-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            _delete(folder)
         what = f"checkpoint of step {iter} not saved in {self._root}: {error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free_bytes = shutil.disk_usage(self._root).free
@@ -173,10 +174,10 @@ class CheckpointStore:
         return f"{what}. Training goes on; earlier checkpoints are untouched."
 
     def _prune(self) -> None:
-        tiers = list(_tiers(self._root))  # newest first, whatever step a run went back to
+        tiers = _tiers(self._root)  # by the time they were saved: a run that went back to an earlier step keeps its new ones
         for prefix, keep in (("rolling_step_", self._cfg.keep_rolling), ("epoch_", self._cfg.keep_epochs)):
             for tier in [tier for tier in tiers if tier.startswith(prefix)][keep:]:
-                _delete(self._root / tier)
+                _delete(tiers[tier])
 
 
 def _write_folder(folder: Path, about: dict[str, Any], tensors: dict[str, torch.Tensor], state: str) -> dict[str, Any]:
@@ -304,29 +305,25 @@ def _link_folder(source: Path, target: Path) -> None:
 
 def _publish(folder: Path, tier: str) -> Path:
     """Gives a finished folder its name; what had the name moves on. A kill between two renames leaves whole checkpoints."""
-    root = folder.parent
-    target, backup = root / tier, root / "latest_backup"
-    if tier == "latest" and target.exists():
-        if backup.exists():
-            _delete(root / ".old-latest_backup")
-            backup.rename(root / ".old-latest_backup")
-        target.rename(backup)
-    elif target.exists():
-        _delete(root / f".old-{tier}")
-        target.rename(root / f".old-{tier}")
+    root, target = folder.parent, folder.parent / tier
+    leaving = root / "latest_backup" if tier == "latest" and target.exists() else target
+    old = root / f".old-{leaving.name}"
+    if leaving.exists():
+        leaving.rename(old)
+    if leaving != target:
+        target.rename(leaving)
     folder.rename(target)
     _sync_folder(root)
-    _delete(root / (".old-latest_backup" if tier == "latest" else f".old-{tier}"))
+    _delete(old)
     return target
 
 
 def _delete(folder: Path) -> None:
     """Removes a folder; under another name, so that half of it is never taken for a checkpoint."""
     if folder.exists():
-        trash = folder.with_name(f".trash-{folder.name.lstrip('.')}")
-        shutil.rmtree(trash, ignore_errors=True)
+        trash = folder.with_name(f".trash-{time.time_ns()}")
         folder.rename(trash)
-        shutil.rmtree(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def _clean_up(root: Path) -> None:
@@ -337,7 +334,7 @@ def _clean_up(root: Path) -> None:
             old.rename(tier)  # killed after the old one left and before the new one came
     for pattern in (".old-*", ".writing-*", ".trash-*"):
         for folder in root.glob(pattern):
-            shutil.rmtree(folder)
+            _delete(folder)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -426,17 +423,15 @@ class Checkpoint:
                     by_file.setdefault(metadata.storage_data[item.storage_index].relative_path, []).append(item)
                 read = super().read_data
                 with ThreadPoolExecutor(MAX_FILES) as pool:
-                    *_, done = pool.map(lambda items: read(replace(plan, items=items), planner), by_file.values())
-                return done
+                    list(pool.map(lambda items: read(replace(plan, items=items), planner), by_file.values()))
+                return read(replace(plan, items=[]), planner)
 
-        if not tensors:
-            return
         try:
             with _quiet_dcp():
                 dcp.load(dict(tensors), storage_reader=VerifiedReader(self.path), no_dist=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        except (OSError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.path} cannot be read: {error}") from error
-        if _read_manifest(self.path) != self.manifest:
+        if _replaced(self.path, self.manifest):
             raise UserError(f"{self.path} was replaced by a newer one while it was read: run the command again.")
 
 
@@ -467,7 +462,7 @@ def _candidates(root: Path, which: str) -> list[Path]:
         return list(tiers.values())
     if tier not in tiers:
         path = Path(which)
-        if not (path / "manifest.json").exists():
+        if not _is_checkpoint(path):
             saved = ", ".join(tiers) or "nothing"
             raise UserError(f"no checkpoint '{which}': neither a checkpoint's folder nor one of {root}, which holds {saved}")
         tier, tiers = path.name, _tiers(path.parent)
@@ -475,9 +470,14 @@ def _candidates(root: Path, which: str) -> list[Path]:
     return [asked, *tiers.values()]
 
 
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether this is a checkpoint, whole or damaged. (A dataset has a manifest.json, too.)"""
+    return any((folder / name).exists() for name in ("state.json", ".metadata", "__0_0.distcp"))
+
+
 def _tiers(root: Path) -> dict[str, Path]:
     """The checkpoints in `root`: latest, latest_backup, then by the time they were saved, newest first."""
-    folders = {path.name: path for path in root.glob("[!.]*") if path.is_dir()}
+    folders = {path.name: path for path in root.glob("[!.]*") if _is_checkpoint(path)}
     for old in root.glob(".old-*"):  # a writer is, or was killed, between two renames
         folders.setdefault(old.name.removeprefix(".old-"), old)
 
@@ -492,10 +492,23 @@ def _tiers(root: Path) -> dict[str, Path]:
 
 
 def _open(folder: Path) -> Checkpoint:
+    """A verified checkpoint. A running writer may put a newer one in its place meanwhile: then that one, from the start."""
     manifest = _read_manifest(folder)
-    _verify(folder, manifest)
-    state = json.loads((folder / "state.json").read_bytes())
-    return Checkpoint(folder, manifest, state, _read_metadata(folder, manifest))
+    try:
+        _check_files(folder, manifest, _sha256)
+        state = json.loads((folder / "state.json").read_bytes())
+        metadata = _read_metadata(folder, manifest)
+    except _DamagedError:
+        if not _replaced(folder, manifest):
+            raise
+    else:
+        if not _replaced(folder, manifest):
+            return Checkpoint(folder, manifest, state, metadata)
+    return _open(folder)
+
+
+def _replaced(folder: Path, manifest: dict[str, Any]) -> bool:
+    return _read_manifest(folder)["manifest_sha256"] != manifest["manifest_sha256"]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -504,8 +517,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["manifest_sha256"] != _manifest_digest(manifest):
             raise _DamagedError("manifest.json does not match its own checksum")
         version = manifest["format_version"]
-    except FileNotFoundError as error:
-        raise _DamagedError(f"{error.filename} is missing") from None
+    except FileNotFoundError:
+        raise _DamagedError("manifest.json is missing") from None
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise _DamagedError(f"manifest.json cannot be read: {error}") from None
     if version != FORMAT_VERSION:
@@ -513,26 +526,17 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify(
-    folder: Path,
-    manifest: dict[str, Any],
-    digests: dict[tuple[int, int], str] | None = None,
-    on_bytes: Callable[[int], Any] | None = None,
-) -> None:
-    """Compares every file with the manifest. `digests`, by inode, spares files that an earlier call has read."""
-    known = {} if digests is None else digests
+def _check_files(folder: Path, manifest: dict[str, Any], digest: Callable[[IO[bytes]], str] | None) -> None:
+    """Compares every file with the manifest: its size, and its checksum if `digest` is there to compute it."""
 
     def check(name: str) -> None:
         entry = manifest["files"][name]
         with (folder / name).open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size != entry["bytes"]:
-                raise _DamagedError(f"{name} has {status.st_size:,} bytes, not {entry['bytes']:,}")
-            inode = (status.st_dev, status.st_ino)
-            if inode not in known:
-                known[inode] = _digest(file, on_bytes)
-        if known[inode] != entry["sha256"]:
-            raise _DamagedError(f"{name} does not match its checksum")
+            n_bytes = os.fstat(file.fileno()).st_size
+            if n_bytes != entry["bytes"]:
+                raise _DamagedError(f"{name} has {n_bytes:,} bytes, not {entry['bytes']:,}")
+            if digest is not None and digest(file) != entry["sha256"]:
+                raise _DamagedError(f"{name} does not match its checksum")
 
     try:
         with ThreadPoolExecutor(MAX_FILES) as pool:
@@ -543,13 +547,16 @@ def _verify(
         raise _DamagedError(str(error)) from None
 
 
-def _digest(file: IO[bytes], on_bytes: Callable[[int], Any] | None) -> str:
+def _sha256(file: IO[bytes], on_bytes: Callable[[int], Any] = lambda n_bytes: None) -> str:
     sha256 = hashlib.sha256()
     while chunk := file.read(HASH_CHUNK_BYTES):
         sha256.update(chunk)
-        if on_bytes is not None:
-            on_bytes(len(chunk))
+        on_bytes(len(chunk))
     return sha256.hexdigest()
+
+
+def _size(manifest: dict[str, Any]) -> int:
+    return sum(entry["bytes"] for entry in manifest["files"].values())
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -707,106 +714,89 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help in (
         ("list", "a table of the checkpoints; compares file sizes only"),
-        ("verify", "compare every checksum; exit code 1 if a checkpoint is damaged"),
+        ("verify", "the same, comparing every checksum; exit code 1 if a checkpoint is damaged"),
         ("inspect", "state and tensors of one checkpoint, or of the latest"),
     ):
         command = commands.add_parser(name, help=help, description=help)
         command.add_argument("path", nargs="?", default="out", help="an out_dir, its folder of checkpoints, or one checkpoint")
         command.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    return {"list": list_command, "verify": verify_command, "inspect": inspect_command}[args.command](
-        _resolve(args.path), args.json
-    )
+    tiers = _resolve(Path(args.path))
+    if args.command == "inspect":
+        print_checkpoint(next(iter(tiers.values())), args.json)
+        return 0
+    rows = verify(tiers) if args.command == "verify" else [_row(tier, folder, None) for tier, folder in tiers.items()]
+    print_rows(rows, args.json)
+    return int(args.command == "verify" and any(row["damage"] for row in rows))
 
 
-def _resolve(path: str) -> dict[str, Path]:
+def _resolve(path: Path) -> dict[str, Path]:
     """The checkpoints that a path on the command line means: tier -> folder."""
-    folder = Path(path)
-    if (folder / "manifest.json").exists():
-        return {folder.name: folder}
-    tiers = _tiers(folder / FOLDER) or (_tiers(folder) if folder.name.startswith(FOLDER) else {})
+    tiers = {path.name: path} if _is_checkpoint(path) else _tiers(path / FOLDER) or _tiers(path)
     if not tiers:
         raise UserError(f"no checkpoints in {path}: name an out_dir, its folder of checkpoints, or one checkpoint")
     return tiers
 
 
-def _summary(tier: str, folder: Path) -> dict[str, Any]:
-    """A row of the list; `damage` is None where manifest and file sizes agree."""
-    row: dict[str, Any] = {"tier": tier, "path": str(folder), "damage": None}
+def _row(tier: str, folder: Path, digest: Callable[[IO[bytes]], str] | None) -> dict[str, Any]:
+    """What `list` and `verify` show of a checkpoint; `damage` is None if it is whole."""
+    row: dict[str, Any] = dict.fromkeys(("run_name", "iter", "val_loss", "saved_at", "bytes", "damage"))
     try:
         manifest = _read_manifest(folder)
-        row |= {name: manifest[name] for name in ("run_name", "iter", "val_loss", "saved_at")}
-        row["bytes"] = sum(entry["bytes"] for entry in manifest["files"].values())
-        for name, entry in manifest["files"].items():
-            if not (folder / name).exists():
-                raise _DamagedError(f"{name} is missing")
-            if (folder / name).stat().st_size != entry["bytes"]:
-                raise _DamagedError(f"{name} has the wrong size")
+        row |= {name: manifest[name] for name in row.keys() & manifest.keys()} | {"bytes": _size(manifest)}
+        _check_files(folder, manifest, digest)
     except (_DamagedError, UserError) as error:
         row["damage"] = str(error)
-    return row
+    return {"tier": tier, "path": str(folder), **row}
 
 
-def list_command(tiers: dict[str, Path], as_json: bool) -> int:
-    rows = [_summary(tier, folder) for tier, folder in tiers.items()]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    cells = []
-    for row in rows:
-        val_loss = row.get("val_loss")
-        cells.append(
-            (
-                row["tier"],
-                f"{row.get('iter', '-')}",
-                "-" if val_loss is None else f"{val_loss:.4f}",
-                f"{row['bytes'] / 1e6:,.1f} MB" if "bytes" in row else "-",
-                row.get("saved_at", "-")[:19].replace("T", " "),
-                row["damage"] or "yes",
-            )
-        )
-    print(_table(("tier", "step", "val loss", "size", "saved (UTC)", "whole"), cells, limit=len(cells)))
-    return 0
-
-
-def verify_command(tiers: dict[str, Path], as_json: bool) -> int:
+def verify(tiers: dict[str, Path]) -> list[dict[str, Any]]:
+    """A row for each checkpoint, every file read once however many tiers share it."""
     from tqdm import tqdm
 
-    digests: dict[tuple[int, int], str] = {}
-    damages: dict[str, str | None] = {}
-    with tqdm(unit="B", unit_scale=True, desc="verify", disable=as_json) as bar:
-        for tier, folder in tiers.items():
-            bar.set_postfix_str(tier)
-            try:
-                _verify(folder, _read_manifest(folder), digests, bar.update)
-                damages[tier] = None
-            except (_DamagedError, UserError) as error:
-                damages[tier] = str(error)
+    digests: dict[int, str] = {}  # by inode
+    with tqdm(unit="B", unit_scale=True, desc="verify") as bar:
+
+        def digest(file: IO[bytes]) -> str:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode not in digests:
+                digests[inode] = _sha256(file, bar.update)
+            return digests[inode]
+
+        return [_row(tier, folder, digest) for tier, folder in tiers.items()]
+
+
+def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([{"tier": tier, "path": str(tiers[tier]), "damage": damages[tier]} for tier in tiers], indent=1))
-    else:
-        print(_table(("tier", "whole"), [(tier, damage or "yes") for tier, damage in damages.items()], limit=len(tiers)))
-    return 1 if any(damages.values()) else 0
+        print(json.dumps(rows, indent=1))
+        return
+    formats = {"iter": "{}", "val_loss": "{:.4f}", "bytes": "{:,}", "saved_at": "{:.19}"}
+    cells = [
+        (
+            row["tier"],
+            *("-" if row[name] is None else form.format(row[name]) for name, form in formats.items()),
+            row["damage"] or "yes",
+        )
+        for row in rows
+    ]
+    print(_table(("tier", "step", "val loss", "bytes", "saved (UTC)", "whole"), cells, limit=len(cells)))
 
 
-def inspect_command(tiers: dict[str, Path], as_json: bool) -> int:
-    folder = next(iter(tiers.values()))
+def print_checkpoint(folder: Path, as_json: bool) -> None:
     try:
         checkpoint = _open(folder)
     except _DamagedError as error:
         raise UserError(f"{folder} is damaged: {error}") from None
     saved = checkpoint.metadata.state_dict_metadata
     tensors = {name: _describe_tensor(entry.size, entry.properties.dtype) for name, entry in saved.items()}
+    document = {"path": str(folder), "manifest": checkpoint.manifest, "state": checkpoint.state, "tensors": tensors}
     if as_json:
-        document = {"path": str(folder), "manifest": checkpoint.manifest, "state": checkpoint.state, "tensors": tensors}
         print(json.dumps(document, indent=1))
-        return 0
-    print(f"{folder}\n\nstate\n{json.dumps(checkpoint.state, indent=1)}\n\nfiles")
+        return
     print(
-        _table(("file", "bytes"), [(n, f"{e['bytes']:,}") for n, e in checkpoint.manifest["files"].items()], limit=MAX_FILES + 2)
+        f"{folder}\n\nmanifest\n{json.dumps(checkpoint.manifest, indent=1)}\n\nstate\n{json.dumps(checkpoint.state, indent=1)}\n"
     )
-    print("\ntensors\n" + _table(("name", "dtype and shape"), list(tensors.items()), limit=len(tensors)))
-    return 0
+    print(_table(("tensor", "dtype and shape"), list(tensors.items()), limit=len(tensors)))
 
 
 if __name__ == "__main__":
