@@ -164,6 +164,23 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SampleConfig:
+    """The knobs of sample.py, which is a command of its own."""
+
+    out_dir: str = "out"  # of the run whose checkpoint is read
+    checkpoint: str = "best"  # best, latest, a tier's name or a checkpoint's folder
+    start: str = "\n"  # the text to continue
+    num_samples: int = 3  # continuations, drawn together as one batch
+    max_new_tokens: int = 200  # length of each
+    temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 always takes the most likely token
+    top_k: int = 200  # draw among the k most likely tokens; 0 among all
+    top_p: float = 1.0  # draw among the fewest tokens whose probabilities reach top_p
+    seed: int = 1337  # of the draws
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: DType = "auto"  # of the arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
+
+
+@dataclass(frozen=True)
 class Config:
     """All sections of a run, and where each knob's value came from."""
 
@@ -230,44 +247,63 @@ def knobs_of(sections: dict[str, type]) -> dict[str, Knob]:
     return knobs
 
 
-def load_config(argv: Sequence[str], sections: dict[str, type] | None = None) -> Config:
+def load_config(argv: Sequence[str]) -> Config:
     """The configuration of a run from its command line: `[config.py ...] [--knob=value ...]`.
 
-    With `sections`, only those are read (a command that needs few knobs); the others keep their defaults.
     Raises UserError listing every problem at once. `--help` and `--print_config` print and exit.
     """
-    knobs = knobs_of(sections or SECTIONS)
+    given = read_knobs(argv, SECTIONS)
+    sections = {name: section_from(cls, given.values) for name, cls in SECTIONS.items()}
+    if given.values.get("resume"):  # resume=latest is an order to resume
+        sections["checkpoint"] = dataclasses.replace(sections["checkpoint"], init_from="resume")
+    cfg = Config(**sections, origins=given.origins)
+    given.check(impossible(cfg.values()) or impossible_combinations(cfg))
+    if "--print_config" in argv:
+        print_config(cfg)
+        sys.exit(0)
+    return cfg
+
+
+def load_section(argv: Sequence[str], cls: type) -> Any:
+    """The only section of a command that needs few knobs, such as sample.py; raises UserError as load_config does."""
+    given = read_knobs(argv, {cls.__name__: cls})
+    section = section_from(cls, given.values)
+    given.check(impossible(vars(section)))
+    return section
+
+
+@dataclass
+class ReadKnobs:
+    """What the user gave: values and their origins, and the problems found on the way."""
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    problems: list[str]
+    failed: set[str]  # knobs whose value could not be read
+
+    def check(self, impossible: list[tuple[tuple[str, ...], str]]) -> None:
+        """Raises UserError with all problems; what is impossible only because another value could not be read is left out."""
+        found = [f"{origin_of(names, self.origins)}: {text}" for names, text in impossible if not self.failed & set(names)]
+        if self.problems or found:
+            raise UserError("\n".join(self.problems + found))
+
+
+def read_knobs(argv: Sequence[str], sections: dict[str, type]) -> ReadKnobs:
+    knobs = knobs_of(sections)
     files, flags, problems = split_command_line(argv, knobs)
-    given: list[Given] = []
-    for name in files:
-        given += read_config_file(name, knobs, problems)
-    values, origins, failed = {}, dict.fromkeys(knobs, "default"), set()
-    for item in given + flags:
+    given = ReadKnobs({}, dict.fromkeys(knobs, "default"), problems, set())
+    for item in [item for name in files for item in read_config_file(name, problems)] + flags:
         name = ALIASES.get(item.name, item.name)
         if name not in knobs:
             problems.append(f"{item.origin}: {unknown_knob(item.name, knobs)}")
             continue
         try:
-            values[name] = convert(knobs[name], item)
-            origins[name] = "command line" if item.is_text else item.origin
+            given.values[name] = convert(knobs[name], item)
+            given.origins[name] = "command line" if item.is_text else item.origin
         except ValueError as error:
             problems.append(f"{item.origin}: {error}")
-            failed.add(name)
-    cfg = build_config(values, origins, sections or SECTIONS)
-    problems += [f"{origin_of(names, origins)}: {text}" for names, text in impossible(cfg) if not failed & set(names)]
-    if problems:
-        raise UserError("\n".join(problems))
-    if "--print_config" in argv:
-        print_config(cfg, knobs)
-        sys.exit(0)
-    return cfg
-
-
-def build_config(values: dict[str, Any], origins: dict[str, str], sections: dict[str, type]) -> Config:
-    built = {section: section_from(cls, values) for section, cls in sections.items()}
-    if values.get("resume"):  # resume=latest is an order to resume
-        built["checkpoint"] = dataclasses.replace(built["checkpoint"], init_from="resume")
-    return Config(**built, origins=origins)
+            given.failed.add(name)
+    return given
 
 
 def section_from(cls: type, values: dict[str, Any]) -> Any:
@@ -320,7 +356,7 @@ def find_file(name: str) -> Path:
     raise UserError(f"{name}: no such config file (flags are written --knob=value){hint}")
 
 
-def read_config_file(name: str, knobs: dict[str, Knob], problems: list[str]) -> list[Given]:
+def read_config_file(name: str, problems: list[str]) -> list[Given]:
     """The public top-level names of a Python file, run in a namespace of its own.
 
     Imported modules, functions and classes are no knobs; neither is a `_name`. What goes wrong is added to `problems`.
@@ -427,31 +463,33 @@ def origin_of(names: Iterable[str], origins: dict[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_steps log_interval adam_eps norm_eps rope_theta
-    sample_tokens max_skipped_steps max_hours""".split()
+    sample_tokens max_skipped_steps max_hours num_samples max_new_tokens""".split()
 NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
     eval_interval eval_iters sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs
-    gradient_log_interval seed""".split()
+    gradient_log_interval seed temperature top_k""".split()
 FRACTIONS = ["dropout", "beta1", "beta2"]
 
 
-def impossible(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
-    """What cannot be: (the knobs concerned, one line that says what to type instead)."""
-    values = cfg.values()
-    found = [((n,), f"{n}={values[n]} must be greater than 0") for n in POSITIVE if values[n] is not None and values[n] <= 0]
-    found += [((n,), f"{n}={values[n]} must not be negative") for n in NOT_NEGATIVE if values[n] < 0]
-    found += [((n,), f"{n}={values[n]} must be in [0, 1)") for n in FRACTIONS if not 0 <= values[n] < 1]
-    if not 0 < cfg.optim.wsd_decay_fraction <= 1:
-        found.append((("wsd_decay_fraction",), f"wsd_decay_fraction={cfg.optim.wsd_decay_fraction} must be in (0, 1]"))
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.run.device):
-        found.append((("device",), f"device={cfg.run.device!r} is not one of auto, cpu, cuda, cuda:N"))
-    if cfg.checkpoint.init_from not in ("scratch", "resume"):
-        found.append((("init_from",), f"init_from={cfg.checkpoint.init_from!r} is not one of scratch, resume"))
-    if "/" in cfg.run.run_name:
-        found.append((("run_name",), f"run_name={cfg.run.run_name!r} names files: it must not contain a slash"))
-    return found or impossible_combinations(cfg)  # which divide by the values checked here
+def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Values that cannot be: (the knob, one line that says what to type instead)."""
+
+    def failing(names: list[str], ok: Callable[[Any], bool], must: str) -> list[tuple[tuple[str, ...], str]]:
+        here = [n for n in names if values.get(n) is not None]
+        return [((n,), f"{n}={values[n]!r} {must}") for n in here if not ok(values[n])]
+
+    return [
+        *failing(POSITIVE, lambda v: v > 0, "must be greater than 0"),
+        *failing(NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
+        *failing(FRACTIONS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
+        *failing(["wsd_decay_fraction", "top_p"], lambda v: 0 < v <= 1, "must be in (0, 1]"),
+        *failing(["device"], lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v), "is not one of auto, cpu, cuda, cuda:N"),
+        *failing(["init_from"], lambda v: v in ("scratch", "resume"), "is not one of scratch, resume"),
+        *failing(["run_name"], lambda v: "/" not in v, "names files: it must not contain a slash"),
+    ]
 
 
 def impossible_combinations(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
+    """The same for knobs together; each value alone is known to be possible."""
     m, optim, found = cfg.model, cfg.optim, []
     if m.n_embd % m.n_head:
         near = nearest([h for h in range(1, m.n_embd + 1) if m.n_embd % h == 0], m.n_head)
@@ -496,11 +534,10 @@ def print_help(knobs: dict[str, Knob]) -> None:
     print("\naliases: " + ", ".join(f"--{a} = --{b}" for a, b in ALIASES.items() if b in knobs))
 
 
-def print_config(cfg: Config, knobs: dict[str, Knob]) -> None:
+def print_config(cfg: Config) -> None:
     """The resolved knobs, each with its origin; the output is a config file itself."""
-    values = cfg.values()
-    for name in knobs:
-        print(f"{name} = {values[name]!r}  # {cfg.origins[name]}")
+    for name, value in cfg.values().items():
+        print(f"{name} = {value!r}  # {cfg.origins[name]}")
 
 
 @contextmanager

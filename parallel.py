@@ -29,6 +29,20 @@ class Ranks:
         return self.rank == 0
 
 
+def choose_device(name: str) -> torch.device:
+    """The device that `name` asks for; `auto` is the first GPU, or the CPU where there is none. Raises UserError."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device={name}: no usable CUDA GPU here; pass --device=cpu")
+    index = 0 if name == "auto" else torch.device(name).index or 0
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--device={name}: the last GPU here is cuda:{torch.cuda.device_count() - 1}")
+    torch.cuda.set_device(index)
+    torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32, as nanoGPT does
+    return torch.device("cuda", index)
+
+
 def start_ranks(run: RunConfig) -> Ranks:
     """This process's rank and device, seeded and set for speed or for bitwise reproducibility.
 
@@ -37,16 +51,7 @@ def start_ranks(run: RunConfig) -> Ranks:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         raise UserError(f"torchrun started {world_size} processes; this version trains in one: pass --nproc_per_node=1")
-    name = run.device if run.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device={name}: no usable CUDA GPU here; pass --device=cpu")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device={name}: the last GPU here is cuda:{torch.cuda.device_count() - 1}")
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the products that stay in float32, as nanoGPT does
+    device = choose_device(run.device)
     if run.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts; without it torch refuses to run
         torch.use_deterministic_algorithms(True)
