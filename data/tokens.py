@@ -176,12 +176,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _how_to_prepare(data: DataConfig, folder: Path) -> str:
-    script = ROOT / "data" / data.dataset / "prepare.py"
-    if script.is_file():
+    missing = f"{folder} has no train.bin and val.bin"
+    if (ROOT / "data" / data.dataset / "prepare.py").is_file():
         out = f" --out {folder}" if data.data_dir else ""
-        return f"dataset {data.dataset!r} is not prepared (no train.bin and val.bin in {folder}): run python data/{data.dataset}/prepare.py{out}"
-    known = sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py"))
-    return f"no dataset {data.dataset!r}: {folder} has no train.bin and val.bin. --dataset takes one of {', '.join(known)}, or a folder under --data_dir"
+        return f"{missing}: run python data/{data.dataset}/prepare.py{out}"
+    known = ", ".join(sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py")))
+    return f"{missing}: --dataset takes one of {known}, or a folder under --data_dir that holds them"
 
 
 def _open_split(path: Path, manifest: Manifest | None, block_size: int) -> np.memmap:
@@ -231,6 +231,4 @@ def _check_looks_like_uint16(path: Path, tokens: np.memmap) -> None:
     """Wider ids read as uint16 show as a zero after every id."""
     head = tokens[: min(len(tokens), SAMPLED_TOKENS) & ~1]
     if len(head) and not head[1::2].any() and head[::2].any():
-        raise UserError(
-            f"{path} looks like uint32, but without a manifest.json it is read as uint16: convert it to uint16, or run prepare.py"
-        )
+        raise UserError(f"{path} looks like uint32, but without a manifest.json it must be uint16: convert it, or run prepare.py")

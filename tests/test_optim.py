@@ -1,0 +1,116 @@
+"""The optimizer: schedules against their formulas, the guarded update against textbook AdamW."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from configurator import OptimConfig
+from optim import build_optimizer, describe_groups, learning_rate, optimizer_tensors, update
+
+ONE = torch.ones(())
+
+
+def config(**knobs) -> OptimConfig:
+    return OptimConfig(
+        **{"learning_rate": 1e-3, "min_lr": 1e-4, "warmup_iters": 10, "lr_decay_iters": 110, "max_iters": 200} | knobs
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "expected"),
+    [
+        ("cosine", 0, 1e-3 / 11),
+        ("cosine", 9, 1e-3 * 10 / 11),
+        ("cosine", 10, 1e-3),
+        ("cosine", 60, 5.5e-4),
+        ("cosine", 35, 1e-4 + 0.5 * (1 + math.cos(math.pi / 4)) * 9e-4),
+        ("cosine", 110, 1e-4),
+        ("cosine", 199, 1e-4),
+        ("linear", 60, 5.5e-4),
+        ("linear", 35, 1e-3 - 0.25 * 9e-4),
+        ("wsd", 87, 1e-3),
+        ("wsd", 99, 5.5e-4),
+        ("wsd", 110, 1e-4),
+        ("constant", 5, 1e-3 * 6 / 11),
+        ("constant", 150, 1e-3),
+    ],
+)
+def test_schedules(schedule, step, expected):
+    assert learning_rate(step, config(lr_schedule=schedule)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_decay_means_no_warmup_either():
+    assert {learning_rate(step, config(decay_lr=False)) for step in range(200)} == {1e-3}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.matrix = nn.Parameter(torch.randn(5, 7, generator=generator))
+        self.vector = nn.Parameter(torch.randn(7, generator=generator))
+
+
+def set_gradients(net: Net, factor: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator) * factor
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e3])
+def test_update_is_adamw_with_clipping(scale, grad_clip):
+    cfg, net, reference = config(grad_clip=grad_clip), Net(), Net()
+    optimizer = build_optimizer(net, cfg)
+    groups = [{"params": [reference.matrix], "weight_decay": 0.1}, {"params": [reference.vector], "weight_decay": 0.0}]
+    textbook = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
+    for step in range(3):
+        set_gradients(net, scale * (step + 1))
+        result = update(optimizer, cfg, 1e-3, torch.tensor(scale), with_moments=True)
+        set_gradients(reference, step + 1)
+        everything = torch.cat([p.grad.flatten() for p in reference.parameters()])
+        torch.testing.assert_close(result.norm, everything.norm())
+        torch.testing.assert_close(result.moments, (everything.mean(), everything.std(correction=0)))
+        if grad_clip:
+            nn.utils.clip_grad_norm_(reference.parameters(), grad_clip)
+        textbook.step()
+    torch.testing.assert_close(net.matrix, reference.matrix, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.vector, reference.vector, rtol=1e-5, atol=1e-6)
+    assert net.matrix.grad is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    cfg, net = config(), Net()
+    optimizer = build_optimizer(net, cfg)
+    set_gradients(net)
+    update(optimizer, cfg, 1e-3, ONE, with_moments=False)
+    before = {name: t.clone() for name, t in (dict(net.named_parameters()) | optimizer_tensors(net, optimizer)).items()}
+    set_gradients(net)
+    net.vector.grad[3] = bad
+    assert update(optimizer, cfg, 1e-3, ONE, with_moments=False).overflow == 1
+    after = dict(net.named_parameters()) | optimizer_tensors(net, optimizer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    set_gradients(net)
+    assert update(optimizer, cfg, 1e-3, ONE, with_moments=False).overflow == 0
+    assert not torch.equal(before["matrix"], net.matrix)
+
+
+def test_vectors_do_not_decay_and_the_report_says_so():
+    net = Net()
+    optimizer = build_optimizer(net, config(weight_decay=0.3))
+    assert [(g["weight_decay"], [p.dim() for p in g["params"]]) for g in optimizer.param_groups] == [(0.3, [2]), (0.0, [1])]
+    assert describe_groups(optimizer) == [
+        "num decayed parameter tensors: 1, with 35 parameters",
+        "num non-decayed parameter tensors: 1, with 7 parameters",
+    ]
+
+
+def test_state_is_there_before_the_first_step():
+    net = Net()
+    names = {f"optim.{p}.{key}" for p in ("matrix", "vector") for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(optimizer_tensors(net, build_optimizer(net, config()))) == names

@@ -1,0 +1,64 @@
+"""Ranks, random states, and figures that come back in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from configurator import RunConfig, UserError
+from parallel import ReadBack, StopRequest, choose_device, random_state, set_random_state, start_ranks
+
+CPU = torch.device("cpu")
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="nproc_per_node=1"):
+        start_ranks(RunConfig(device="cpu"))
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_missing_gpu_is_one_line():
+    with pytest.raises(UserError, match="pass --device=cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == CPU
+
+
+def test_random_state_comes_back_bitwise():
+    torch.manual_seed(3)
+    state = random_state(CPU)
+    first = torch.rand(5)
+    set_random_state(state, CPU)
+    assert torch.equal(torch.rand(5), first)
+
+
+def test_read_back_returns_steps_in_order():
+    read = ReadBack(CPU)
+    for step in range(3):
+        read.begin()
+        read.push(step, [torch.tensor(float(step)), torch.tensor(10.0 * step)])
+    assert [(tag, figures) for tag, figures, ms in read.pop(keep=1)] == [(0, [0.0, 0.0]), (1, [1.0, 10.0])]
+    assert [tag for tag, _, ms in read.pop(keep=0) if ms >= 0] == [2]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 0), (signal.SIGUSR1, 0)])
+def test_a_signal_asks_for_a_stop(number, code):
+    stop = StopRequest(max_hours=None)
+    assert not stop
+    os.kill(os.getpid(), number)
+    assert stop and stop.exit_code == code and stop.reason == signal.Signals(number).name
+
+
+def test_max_hours_stops():
+    assert StopRequest(max_hours=1e-9).reason.startswith("max_hours") and not StopRequest(max_hours=1.0)
