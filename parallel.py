@@ -100,7 +100,8 @@ class ReadBack:
     """Figures of steps under way, brought to the host without making it wait for the step it has just queued.
 
     On a GPU each step's scalars are copied to pinned memory behind the step; they are read once the next step is
-    queued, so the device always has work. A step's time is the device's own, from `begin` to `push`.
+    queued, so the device always has work. A step's time runs from the end of the step before, or from `restart_clock`
+    where something else (an evaluation, a checkpoint) came in between: what the loop itself costs is in it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -108,29 +109,27 @@ class ReadBack:
         self.depth = 1 if self.on_gpu else 0  # newest steps that are left alone; a CPU has finished them anyway
         self.pending: deque[tuple[Any, torch.Tensor, Any, Any]] = deque()
 
-    def begin(self) -> None:
+    def restart_clock(self) -> None:
+        """The next step starts now."""
         self.start = self._instant()
 
     def push(self, tag: Any, scalars: list[torch.Tensor]) -> None:
-        """The step that `begin` opened is queued whole; `tag` comes back with its figures."""
-        end = self._instant()
+        """A step is queued whole; `tag` comes back with its scalars."""
         values = torch.stack(scalars).float()
         if self.on_gpu:
             pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = pinned.copy_(values, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-            self.pending.append((tag, values, self.start, (end, done)))
-        else:
-            self.pending.append((tag, values, self.start, (end, None)))
+        end = self._instant()
+        self.pending.append((tag, values, self.start, end))
+        self.start = end
 
     def pop(self, keep: int) -> list[tuple[Any, list[float], float]]:
         """(tag, figures, milliseconds) of all steps but the newest `keep`, oldest first; waits for those only."""
         read = []
         while len(self.pending) > keep:
-            tag, values, start, (end, done) = self.pending.popleft()
+            tag, values, start, end = self.pending.popleft()
             if self.on_gpu:
-                done.synchronize()
+                end.synchronize()  # the copy to `values` is before it
             elapsed_ms = start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
             read.append((tag, values.tolist(), elapsed_ms))
         return read

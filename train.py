@@ -92,7 +92,20 @@ def train(cfg: Config, stack: ExitStack) -> int:
 
     # 7. Loop: one step, then whatever is due after it.
     forward = compile_model(model, cfg, dtype, log.line)
-    run = Run(cfg, dataset, order, dtype, state, loader, forward, log, store, ReadBack(ranks.device), stop)
+    run = Run(
+        cfg,
+        dataset,
+        order,
+        dtype,
+        state,
+        loader,
+        forward,
+        log,
+        store,
+        ReadBack(ranks.device),
+        stop,
+        state.step if checkpoint else -1,
+    )
     try:
         loop(run)
         store.wait()
@@ -122,6 +135,7 @@ class TrainState:
     run_name: str
     step: int = 0  # finished steps
     samples: int = 0  # sequences they have read: the position in the global sample order
+    evaluated_step: int = -1
     best_val_loss: float | None = None
     skipped: int = 0  # steps with a gradient that was not finite
     skipped_in_a_row: int = 0
@@ -145,7 +159,7 @@ class TrainState:
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank)), self.ranks.device)
 
 
-COUNTERS = ("step", "samples", "best_val_loss", "skipped", "skipped_in_a_row")
+COUNTERS = ("step", "samples", "evaluated_step", "best_val_loss", "skipped", "skipped_in_a_row")
 
 
 @dataclass
@@ -163,7 +177,7 @@ class Run:
     store: CheckpointStore
     readback: ReadBack
     stop: StopRequest
-    saved_step: int = -1  # when `latest` was last written
+    saved_step: int  # when `latest` was last written; at the start, what was resumed
     saved_s: float = 0.0
     epoch_step: int = 0  # when an epoch_N checkpoint was last written
 
@@ -177,19 +191,24 @@ def loop(run: Run) -> None:
     """Step until max_iters or a stop request; after each step evaluate, sample and save what is due."""
     cfg, state = run.cfg, run.state
     run.saved_s, run.epoch_step = time.monotonic(), state.step
-    if cfg.eval.eval_only or (state.step == 0 and cfg.eval.eval_interval):
+    if cfg.eval.eval_only:
         evaluate(run)
-    while state.step < cfg.optim.max_iters and not run.stop and not cfg.eval.eval_only:
+        return
+    if evaluate_if_due(run) and state.step > 0:  # at step 0; after a resume the evaluation that a stop cut short
+        save(run, ["best_model"])
+    run.readback.restart_clock()
+    while state.step < cfg.optim.max_iters and not run.stop:
         epoch = run.order.epoch(state.samples)
         train_step(run)
         report_steps(run, keep=run.readback.depth)
-        last = state.step == cfg.optim.max_iters
-        improved = (due(state.step, cfg.eval.eval_interval) or (last and cfg.eval.eval_interval > 0)) and evaluate(run)
+        improved = evaluate_if_due(run)
         if due(state.step, cfg.eval.sample_interval):
             draw_sample(run)
-        save_due(run, improved, epoch)
+        if tiers := tiers_due(run, improved, epoch):
+            save(run, tiers)
+        run.store.poll()
     report_steps(run, keep=0)
-    if not cfg.eval.eval_only and state.step != run.saved_step:
+    if state.step != run.saved_step:
         save(run, ["latest"])
 
 
@@ -203,7 +222,6 @@ def train_step(run: Run) -> None:
     micro_steps = cfg.data.gradient_accumulation_steps // state.ranks.world_size
     lr = learning_rate(state.step, cfg.optim)
     logged = state.step == 0 or due(state.step + 1, cfg.log.log_interval)
-    run.readback.begin()
     loss = torch.zeros((), device=device)
     for x, y in run.loader.step():  # (B, T) each; micro-batches are equally long, so the mean of their means is the mean
         with autocast(device, run.dtype):
@@ -239,8 +257,8 @@ def report_steps(run: Run, keep: int) -> None:
             run.log.event("skipped_step", step.iter, f"step {step.iter} skipped: its gradient is not finite", loss=loss)
         if state.skipped_in_a_row >= run.cfg.optim.max_skipped_steps:
             raise NonFiniteRun(
-                f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite, the last at step {step.iter}; weights and "
-                "checkpoints are those from before. Try a lower --learning_rate, or --dtype=bfloat16 in place of float16"
+                f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite, the last at step {step.iter}; weights "
+                "and checkpoints are those from before. Try a lower --learning_rate, or another --dtype than float16"
             )
         if step.logged:
             run.log.step(
@@ -249,6 +267,13 @@ def report_steps(run: Run, keep: int) -> None:
                     *(moments or (None, None)), *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped,
                 )
             )  # fmt: skip
+
+
+def evaluate_if_due(run: Run) -> bool:
+    """Evaluate at step 0, at every interval and at the end; True where validation is the best so far."""
+    step, interval = run.state.step, run.cfg.eval.eval_interval
+    at_end = interval > 0 and step == run.cfg.optim.max_iters
+    return (due(step, interval) or at_end) and step != run.state.evaluated_step and evaluate(run)
 
 
 def evaluate(run: Run) -> bool:
@@ -263,6 +288,8 @@ def evaluate(run: Run) -> bool:
         return False
     bits_per_byte = val_loss / math.log(2) / run.dataset.val_bytes_per_token if run.dataset.val_bytes_per_token else None
     run.log.evaluation(state.step, train_loss, val_loss, bits_per_byte, learning_rate(state.step, run.cfg.optim), state.tokens)
+    run.readback.restart_clock()
+    state.evaluated_step = state.step
     improved = state.best_val_loss is None or val_loss < state.best_val_loss
     if improved:
         state.best_val_loss = val_loss
@@ -296,10 +323,11 @@ def draw_sample(run: Run) -> None:
     with autocast(state.ranks.device, run.dtype):
         text = generate(state.model, prompt, cfg.eval.sample_tokens, options, generator)
     run.log.text(state.step, tokenizer.decode(text[0].tolist()))
+    run.readback.restart_clock()
 
 
-def save_due(run: Run, improved: bool, epoch_before: int) -> None:
-    """Save the tiers that are due after this step; `epoch_before` is the data's epoch before it."""
+def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:
+    """The checkpoints that are due after this step; `epoch_before` is the data's epoch before it."""
     cfg, state, tiers = run.cfg.checkpoint, run.state, []
     minutes = (time.monotonic() - run.saved_s) / 60
     if improved:
@@ -314,9 +342,7 @@ def save_due(run: Run, improved: bool, epoch_before: int) -> None:
         if epoch > epoch_before and cfg.keep_epochs and state.step - run.epoch_step >= cfg.checkpoint_interval:
             run.epoch_step = state.step
             tiers.append(f"epoch_{epoch}")
-    if tiers:
-        save(run, tiers)
-    run.store.poll()
+    return tiers
 
 
 def save(run: Run, tiers: list[str]) -> None:
@@ -327,6 +353,7 @@ def save(run: Run, tiers: list[str]) -> None:
         run.saved_step, run.saved_s = state.step, time.monotonic()
     about = {"config": {"values": run.cfg.values(), "origins": run.cfg.origins}, **identity(run.cfg, run.dataset)}
     run.store.save(state.step, state.tensors(), state.to_json() | about | {"val_loss": state.best_val_loss}, tiers)
+    run.readback.restart_clock()
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def test_random_state_comes_back_bitwise():
 
 def test_read_back_returns_steps_in_order():
     read = ReadBack(CPU)
+    read.restart_clock()
     for step in range(3):
-        read.begin()
         read.push(step, [torch.tensor(float(step)), torch.tensor(10.0 * step)])
     assert [(tag, figures) for tag, figures, ms in read.pop(keep=1)] == [(0, [0.0, 0.0]), (1, [1.0, 10.0])]
     assert [tag for tag, _, ms in read.pop(keep=0) if ms >= 0] == [2]

@@ -1,0 +1,635 @@
+"""checkpoint.py: what is saved comes back to the bit, and nothing that happens to a machine loses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+import checkpoint as module
+from checkpoint import Checkpoint, CheckpointStore, check_compatible, check_free_space, find_checkpoint, lock_out_dir, set_aside
+from configurator import ROOT, CheckpointConfig, UserError
+
+FILES = (".metadata", "__0_0.distcp", "state.json", "manifest.json")
+
+
+class Saver:
+    """A store with its reports kept, and one-line saves."""
+
+    def __init__(self, out_dir: Path, **knobs: Any):
+        self.out_dir, self.root = out_dir, out_dir / "checkpoints"
+        self.saved: list[module.SavedCheckpoint] = []
+        self.warnings: list[str] = []
+        self.store = CheckpointStore(out_dir, CheckpointConfig(**knobs), self.saved.append, self.warnings.append)
+
+    def __call__(self, step: int, *tiers: str, tensors: dict[str, torch.Tensor] | None = None, **state: Any) -> None:
+        self.store.save(
+            step, tensors_of(step) if tensors is None else tensors, {"run_name": "run_a", "step": step} | state, tiers
+        )
+        self.store.wait()
+
+    def find(self, which: str = "latest") -> Checkpoint | None:
+        return find_checkpoint(self.out_dir, which, self.warnings.append)
+
+
+@pytest.fixture
+def saver(tmp_path: Path) -> Saver:
+    return Saver(tmp_path / "out")
+
+
+def tensors_of(step: int) -> dict[str, torch.Tensor]:
+    return {"model.a": torch.full((5, 3), float(step)), "optim.a.exp_avg": torch.full((5, 3), -float(step))}
+
+
+def sign(folder: Path, **changes: Any) -> None:
+    """Makes the manifest agree with whatever the files are now."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    for name in manifest["files"]:
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": module.hashlib.sha256(data).hexdigest()}
+    manifest["manifest_sha256"] = module._manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def unlink_copy(file: Path) -> bytes:
+    """The file's content; the file itself no longer shares its data with other tiers."""
+    data = file.read_bytes()
+    file.unlink()
+    file.write_bytes(data)
+    return data
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+# What is saved comes back
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+)
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7, 5), (3, 1, 4)], ids=str)
+def test_tensors_come_back_bitwise(saver: Saver, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    n_bytes = torch.empty(shape, dtype=dtype).nbytes
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (n_bytes,), dtype=torch.uint8)  # NaNs with payloads included
+    saved = raw.view(dtype).reshape(shape)
+    saver(1, "latest", tensors={"model.x": saved})
+    target = {"model.x": torch.zeros(shape, dtype=dtype)}
+    saver.find().load(target)
+    assert bits(target["model.x"]) == bits(saved)
+    assert bits(saver.find().read_tensors()["model.x"]) == bits(saved)
+
+
+def test_parameters_views_and_many_files(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MIN_FILE_BYTES", 1000)
+    tensors = {f"model.{i}": torch.nn.Parameter(torch.randn(20 + i, 30).t()) for i in range(20)}
+    saver(1, "latest", tensors=tensors)
+    assert len(list((saver.root / "latest").glob("*.distcp"))) == module.MAX_FILES
+    target = {name: torch.nn.Parameter(torch.zeros_like(tensor)) for name, tensor in tensors.items()}
+    addresses = {name: tensor.data_ptr() for name, tensor in target.items()}
+    saver.find().load(target)
+    assert all(torch.equal(target[name], tensors[name]) for name in tensors)
+    assert {name: tensor.data_ptr() for name, tensor in target.items()} == addresses
+
+
+def test_no_tensors_at_all(saver: Saver) -> None:
+    saver(1, "latest", tensors={})
+    saver.find().load({})
+
+
+def test_state_comes_back(saver: Saver) -> None:
+    state = {"best": 1.1 / 3, "none": None, "inf": float("inf"), "rng": "00ff", "nested": {"a": [1, 2, {"b": "ü"}]}}
+    saver(7, "latest", **state)
+    assert saver.find().state == {"run_name": "run_a", "step": 7} | state
+    assert saver.find().iter == 7
+
+
+def test_a_loss_that_is_nan_is_no_damage(saver: Saver) -> None:
+    saver(1, "latest", val_loss=float("nan"))
+    saver.find().load(tensors_of(0))
+
+
+def test_dcp_reads_the_format(saver: Saver) -> None:
+    saver(3, "latest")
+    target = tensors_of(0)
+    dcp.load(target, checkpoint_id=saver.root / "latest", no_dist=True)
+    assert all(torch.equal(target[name], tensor) for name, tensor in tensors_of(3).items())
+
+
+def test_only_the_model_is_read_unless_asked(saver: Saver) -> None:
+    saver(3, "latest")
+    assert list(saver.find().read_tensors()) == ["model.a"]
+    assert list(saver.find().read_tensors(["optim.a.exp_avg"])) == ["optim.a.exp_avg"]
+
+
+def test_what_changes_after_save_is_not_saved(saver: Saver) -> None:
+    tensors = {"model.a": torch.randn(2000, 500)}
+    before, state = tensors["model.a"].clone(), {"run_name": "run_a", "list": [1]}
+    stood_still_s = saver.store.save(1, tensors, state, ["latest"])
+    tensors["model.a"].zero_()
+    state["list"].append(2)
+    saver.store.wait()
+    assert torch.equal(saver.find().read_tensors()["model.a"], before)
+    assert saver.find().state["list"] == [1]
+    assert 0 < stood_still_s < saver.saved[0].save_s
+
+
+def test_host_copies_are_reused(saver: Saver) -> None:
+    saver(1, "latest")
+    first = {name: copy.data_ptr() for name, copy in saver.store._host.items()}
+    saver(2, "latest")
+    assert {name: copy.data_ptr() for name, copy in saver.store._host.items()} == first
+    saver(3, "latest", tensors={"model.a": torch.ones(9)})  # another shape, and a name less
+    assert torch.equal(saver.find().read_tensors()["model.a"], torch.ones(9))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_tensors(saver: Saver) -> None:
+    tensors = {"model.a": torch.randn(3000, 3000, device="cuda"), "optim.a.step": torch.tensor(3.0, device="cuda")}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    saver.store.save(1, tensors, {"run_name": "run_a"}, ["latest"])
+    tensors["model.a"].zero_()
+    saver.store.wait()
+    assert all(copy.is_pinned() for copy in saver.store._host.values())
+    saver.find().load(tensors)
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+
+
+# Tiers
+
+
+def test_reports_come_on_the_callers_thread_and_only_when_asked(saver: Saver) -> None:
+    saver.store.save(5, tensors_of(5), {"run_name": "run_a", "val_loss": 2.5}, ["latest", "best_model"])
+    saver.store._writer.join()
+    assert saver.saved == []
+    saver.store.poll()
+    assert [(s.tier, s.iter, s.val_loss, s.path) for s in saver.saved] == [
+        (tier, 5, 2.5, saver.root / tier) for tier in ("latest", "best_model")
+    ]
+    files = saver.find().manifest["files"]
+    assert saver.saved[0].bytes == sum((saver.root / "latest" / name).stat().st_size for name in files)
+
+
+def test_latest_moves_to_latest_backup(saver: Saver) -> None:
+    for step in (1, 2, 3):
+        saver(step, "latest")
+    assert {tier: saver.find(tier).iter for tier in ("latest", "latest_backup")} == {"latest": 3, "latest_backup": 2}
+    assert sorted(path.name for path in saver.root.iterdir()) == ["latest", "latest_backup"]
+
+
+def test_tiers_of_a_step_share_their_data(saver: Saver) -> None:
+    saver(4, "latest", "rolling_step_4", "best_model")
+    for name in FILES:
+        assert len({(saver.root / tier / name).stat().st_ino for tier in ("latest", "rolling_step_4", "best_model")}) == 1
+
+
+def test_tiers_are_copies_where_there_are_no_links(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    saver(4, "latest", "best_model")
+    inodes = {(saver.root / tier / "__0_0.distcp").stat().st_ino for tier in ("latest", "best_model")}
+    assert len(inodes) == 2 and saver.find("best").path.name == "best_model" and not saver.warnings
+
+
+def test_old_rolling_and_epoch_checkpoints_go(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep_rolling=2, keep_epochs=1)
+    for step in (3000, 4000, 5000):
+        saver(step, f"rolling_step_{step}", f"epoch_{step}")
+    saver(1000, "rolling_step_1000")  # the run went back: what it writes now is not the oldest
+    assert sorted(path.name for path in saver.root.iterdir()) == ["epoch_5000", "rolling_step_1000", "rolling_step_5000"]
+
+
+def test_a_failure_that_is_not_the_disks_is_raised(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(module, "_write_folder", fail)
+    with pytest.raises(ZeroDivisionError):
+        saver(1, "latest")
+
+
+# Finding
+
+
+def test_nothing_saved(saver: Saver) -> None:
+    assert saver.find() is None
+    with pytest.raises(UserError, match="which holds nothing"):
+        saver.find("best")
+
+
+def test_finding_by_name_and_path(saver: Saver) -> None:
+    saver(1, "latest", "best_model")
+    saver(2, "latest", "rolling_step_2")
+    assert [saver.find(which).iter for which in ("latest", "latest_backup", "best", "best_model", "rolling_step_2")] == [
+        2,
+        1,
+        1,
+        1,
+        2,
+    ]
+    assert find_checkpoint("elsewhere", str(saver.root / "best_model"), print).iter == 1
+    with pytest.raises(UserError, match=r"rolling_step_3.*latest, latest_backup, rolling_step_2, best_model"):
+        saver.find("rolling_step_3")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_flipped_bit_is_found(saver: Saver, name: str) -> None:
+    saver(1, "latest")
+    saver(2, "latest")
+    file = saver.root / "latest" / name
+    whole = file.read_bytes()
+    draw = random.Random(name)
+    for _ in range(40):
+        position, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+        saver.warnings.clear()
+        assert saver.find().iter == 1, f"bit {bit} of byte {position} went unnoticed"
+        assert len(saver.warnings) == 1 and str(file.parent) in saver.warnings[0] and name in saver.warnings[0]
+    file.write_bytes(whole)
+    assert saver.find().iter == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "longer", "zeros"])
+def test_each_damaged_file_is_found(saver: Saver, name: str, damage: str) -> None:
+    saver(1, "latest")
+    saver(2, "latest")
+    file = saver.root / "latest" / name
+    whole = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes({"truncated": whole[:-1], "empty": b"", "longer": whole + b"}", "zeros": bytes(len(whole))}[damage])
+    assert saver.find().iter == 1
+    assert len(saver.warnings) == 1 and name in saver.warnings[0]
+
+
+def test_damage_falls_back_to_the_newest_whole_one(saver: Saver) -> None:
+    for step in (1, 2, 3, 4):
+        saver(step, "latest", f"rolling_step_{step}")
+    for step in (4, 3):  # latest and latest_backup share these files
+        (saver.root / f"rolling_step_{step}" / "state.json").write_text("{}")
+    assert saver.find().path.name == "rolling_step_2"
+    assert saver.find("rolling_step_4").path.name == "rolling_step_2"
+    for step in (2, 1):
+        shutil.rmtree(saver.root / f"rolling_step_{step}", ignore_errors=True)
+    with pytest.raises(UserError, match="none of the 4 checkpoints"):
+        saver.find()
+
+
+def test_a_newer_format_is_refused_not_taken_for_damage(saver: Saver) -> None:
+    saver(1, "latest")
+    saver(2, "latest")
+    sign(saver.root / "latest", format_version=2)
+    with pytest.raises(UserError, match="format version 2"):
+        saver.find()
+
+
+def test_other_tensors_are_refused_with_a_table(saver: Saver) -> None:
+    saver(1, "latest")
+    target = {"model.a": torch.zeros(5, 4), "model.b": torch.zeros(2), "optim.a.exp_avg": torch.zeros(5, 3, dtype=torch.bfloat16)}
+    with pytest.raises(UserError) as error:
+        saver.find().load(target)
+    rows = [line.split() for line in str(error.value).splitlines()[2:]]
+    assert rows == [
+        ["model.a", "float32", "[5,", "3]", "float32", "[5,", "4]"],
+        ["model.b", "missing", "float32", "[2]"],
+        ["optim.a.exp_avg", "float32", "[5,", "3]", "bfloat16", "[5,", "3]"],
+    ]
+    assert not any(tensor.any() for tensor in target.values())
+    with pytest.raises(UserError, match="and 13 more"):
+        saver.find().load({f"model.{i}": torch.zeros(1) for i in range(21)})
+
+
+def test_another_model_or_dataset_is_refused_with_a_table() -> None:
+    state = {"model": {"n_layer": 2, "n_head": 4, "gone": 1}, "data": {"train": "abc"}}
+    check_compatible(state, {"model": state["model"]})
+    with pytest.raises(UserError) as error:
+        check_compatible(state, {"model": {"n_layer": 3, "n_head": 4}, "data": {"train": "def"}})
+    assert [line.split() for line in str(error.value).splitlines()[2:]] == [
+        ["gone", "1", "(none)"],
+        ["n_layer", "2", "3"],
+        ["train", "abc", "def"],
+    ]
+
+
+# Machines that die
+
+
+def test_a_kill_between_two_renames_loses_nothing(saver: Saver) -> None:
+    saver(1, "latest", "best_model")
+    saver(2, "latest")
+    (saver.root / "latest").rename(saver.root / ".writing-latest")  # latest had become latest_backup, the new one not latest
+    (saver.root / "best_model").rename(saver.root / ".old-best_model")
+    (saver.root / ".trash-1").mkdir()
+    assert saver.find().path.name == "latest_backup" and saver.find("best").iter == 1
+    saver(3, "latest")
+    assert sorted(path.name for path in saver.root.iterdir()) == ["best_model", "latest", "latest_backup"]
+    assert [saver.find(tier).iter for tier in ("latest", "best")] == [3, 1]
+    assert not saver.warnings
+
+
+KILL_LOOP = """
+import os, random, sys, time
+from pathlib import Path
+import torch, torch.distributed.checkpoint
+from checkpoint import CheckpointStore, find_checkpoint
+from configurator import CheckpointConfig
+
+how, out_dir, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+def train(first_step, acknowledge, renames):
+    '''Saves without end; dies by itself at the rename of that number, before or after it.'''
+    rename, count = Path.rename, 0
+
+    def counted(path, target):
+        nonlocal count
+        count += 1
+        if count == (renames + 1) // 2 and renames % 2:
+            os.kill(os.getpid(), 9)
+        rename(path, target)
+        if count == renames // 2:
+            os.kill(os.getpid(), 9)
+
+    if renames:
+        Path.rename = counted
+    report = lambda saved: os.write(acknowledge, b"%d\\n" % saved.iter)
+    store = CheckpointStore(out_dir, CheckpointConfig(keep_rolling=2), report, lambda message: os._exit(9))
+    for step in range(first_step, first_step + 10**6):
+        tensors = {f"model.{i}": torch.full((200, 500), float(step)) for i in range(5)}
+        store.save(step, tensors, {"run_name": "r"}, ["best_model", "latest", f"rolling_step_{step}"])
+
+draw, last = random.Random(1), 0
+for number in range(1, rounds + 1):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        train(last + 1, writer, number if how == "rename" else 0)
+    os.close(writer)
+    if how == "time":
+        time.sleep(0.02 + 0.15 * draw.random())
+        os.kill(child, 9)
+    assert os.waitpid(child, 0)[1] == 9, "the run ended by itself"
+    acknowledged = [int(line) for line in os.fdopen(reader).read().split()]
+    warnings = []
+    if last or acknowledged:
+        for which in ("best", "latest"):
+            found = find_checkpoint(out_dir, which, warnings.append)
+            assert all(bool((t == found.iter).all()) for t in found.read_tensors().values()), "two steps mixed"
+            assert found.iter >= max(acknowledged, default=last), (which, found.iter, acknowledged, last)
+        last = found.iter
+    assert not warnings, warnings
+print(last)
+"""
+
+
+@pytest.mark.parametrize(("how", "rounds"), [("time", 30), ("rename", 60)])
+def test_kill_9_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, how: str, rounds: int) -> None:
+    result = run_python("-c", KILL_LOOP, how, str(tmp_path), str(rounds))
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= rounds // 2  # most rounds got a save through
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system (needs root)")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("known_beforehand", [True, False])
+def test_a_full_disk_is_a_warning(small_disk: Path, monkeypatch: pytest.MonkeyPatch, known_beforehand: bool) -> None:
+    monkeypatch.setattr(module, "MIN_FILE_BYTES", 2**20)  # several files, and threads
+    saver = Saver(small_disk)
+    saver(1, "latest")
+    if not known_beforehand:  # others fill the disk while we write
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+    saver(2, "latest", tensors={f"model.{i}": torch.zeros(1_000_000) for i in range(5)})
+    assert len(saver.warnings) == 1 and str(saver.root) in saver.warnings[0] and "20,000," in saver.warnings[0]
+    saver(3, "latest")
+    assert [saved.iter for saved in saver.saved] == [1, 3]
+    assert {tier: saver.find(tier).iter for tier in ("latest", "latest_backup")} == {"latest": 3, "latest_backup": 1}
+    assert sorted(path.name for path in saver.root.iterdir()) == ["latest", "latest_backup"]
+
+
+def test_a_reader_of_a_running_run_never_mixes_two_checkpoints(saver: Saver) -> None:
+    saver(1, "latest")
+    opened = saver.find()
+    saver(2, "latest")
+    with pytest.raises(UserError, match="replaced by a newer one"):
+        opened.load(tensors_of(0))
+
+
+# Files with a purpose of their own
+
+
+class Evil:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, call: Callable[..., Any], *args: Any):
+        self.call, self.args = call, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call, self.args
+
+
+@pytest.mark.parametrize("make", ["os.mkdir", "builtins.eval", "builtins.getattr", "torch.load", "in the middle"])
+def test_malicious_metadata_runs_nothing(saver: Saver, tmp_path: Path, make: str) -> None:
+    saver(1, "latest")
+    file, marker = saver.root / "latest" / ".metadata", tmp_path / "marker"
+    metadata = pickle.loads(unlink_copy(file))
+    evil = Evil(os.mkdir, str(marker))
+    if make == "builtins.eval":
+        evil = Evil(eval, f"__import__('os').mkdir({str(marker)!r})")
+    elif make == "builtins.getattr":
+        evil = Evil(getattr, type(metadata), "__init__")
+    elif make == "torch.load":
+        evil = Evil(torch.load, str(marker))
+    elif make == "in the middle":
+        metadata.planner_data, evil = evil, metadata
+    file.write_bytes(pickle.dumps(evil))
+    sign(file.parent)
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        saver.find()
+    assert "which no checkpoint needs" in saver.warnings[0]
+    assert not marker.exists()
+
+
+def test_a_malicious_tensor_runs_nothing(saver: Saver, tmp_path: Path) -> None:
+    saver(1, "latest", tensors={"model.a": torch.zeros(3)})
+    folder, marker = saver.root / "latest", tmp_path / "marker"
+    torch.save(Evil(os.mkdir, str(marker)), folder / "__0_0.distcp")
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for info in metadata.storage_data.values():
+        info.offset, info.length = 0, (folder / "__0_0.distcp").stat().st_size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign(folder)
+    with pytest.raises(UserError, match="cannot be read"):
+        saver.find().load({"model.a": torch.zeros(3)})
+    assert not marker.exists()
+
+
+def test_an_object_in_place_of_a_tensor_is_refused(saver: Saver) -> None:
+    saver(1, "latest")
+    folder = saver.root / "latest"
+    dcp.save({"model.a": "not a tensor"}, checkpoint_id=folder, no_dist=True)
+    sign(folder)
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        saver.find()
+
+
+def test_a_tensor_in_a_file_outside_the_checkpoint_is_refused(saver: Saver) -> None:
+    saver(1, "latest")
+    file = saver.root / "latest" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../elsewhere.distcp"
+    file.write_bytes(pickle.dumps(metadata))
+    sign(file.parent)
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        saver.find()
+    assert "../../elsewhere.distcp" in saver.warnings[0]
+
+
+# Before a run
+
+
+def test_two_runs_on_one_out_dir(tmp_path: Path) -> None:
+    hold = "import sys; from checkpoint import lock_out_dir; lock = lock_out_dir(sys.argv[1]); print(1, flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out"], cwd=ROOT, stdin=pipe, stdout=pipe) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=rf"in use by process {other.pid} on \S+"):
+            lock_out_dir(tmp_path / "out")
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    lock_out_dir(tmp_path / "out").close()
+    lock_out_dir(tmp_path / "out").close()
+
+
+def test_an_out_dir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written.*--out_dir"):
+        lock_out_dir(tmp_path / "file" / "out")
+
+
+def test_an_earlier_runs_checkpoints_are_set_aside(saver: Saver) -> None:
+    assert set_aside(saver.out_dir) is None
+    for number, name in enumerate(("checkpoints.run_a", "checkpoints.run_a.2", "checkpoints.run_a.3")):
+        saver(number, "latest")
+        assert str(saver.out_dir / name) in set_aside(saver.out_dir)
+        assert saver.find() is None
+        assert find_checkpoint(saver.out_dir, str(saver.out_dir / name / "latest"), print).iter == number
+
+
+def test_an_unreadable_checkpoint_is_set_aside_too(saver: Saver) -> None:
+    saver(1, "latest", run_name="../odd name")
+    assert set_aside(saver.out_dir).endswith("checkpoints..._odd_name")
+    saver(2, "latest")
+    (saver.root / "latest" / "manifest.json").unlink()
+    assert set_aside(saver.out_dir).endswith("checkpoints.unnamed")
+
+
+@pytest.mark.parametrize(
+    ("free", "answer"),
+    [(10_000, None), (8_999, "warning"), (2_000, "warning"), (1_999, "error")],
+    ids=["all", "most", "two", "one"],
+)
+def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, answer: str | None) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    cfg = CheckpointConfig(keep_rolling=3, keep_epochs=2)  # and latest, its backup, the best one, the one being written: 9
+    if answer == "error":
+        with pytest.raises(UserError, match=r"1,999 bytes.*1,000: not even two"):
+            check_free_space(tmp_path, 1000, cfg)
+    else:
+        line = check_free_space(tmp_path, 1000, cfg)
+        assert (line is None) == (answer is None)
+        assert line is None or ("9,000" in line and f"{free:,}" in line)
+
+
+def test_checkpoints_that_will_be_replaced_are_room(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver(1, "latest", "best_model", tensors={"model.a": torch.zeros(1000)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    check_free_space(saver.out_dir, 2000, CheckpointConfig())  # two of 2,000 fit where 4,000 and a little are
+    with pytest.raises(UserError):
+        check_free_space(saver.out_dir, 4000, CheckpointConfig())  # shared files count once
+
+
+# Commands
+
+
+def run_python(*args: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *args], cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+
+
+def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_python(str(ROOT / "checkpoint.py"), *map(str, args))
+
+
+def test_list_and_verify(saver: Saver) -> None:
+    saver(1, "latest", "best_model", val_loss=2.34567)
+    saver(2, "latest")
+    listed = command("list", saver.out_dir)
+    rows = [line.split() for line in listed.stdout.splitlines()[1:]]
+    assert [(row[0], row[1], row[2], row[-1]) for row in rows] == [
+        ("latest", "2", "-", "yes"),
+        ("latest_backup", "1", "2.3457", "yes"),
+        ("best_model", "1", "2.3457", "yes"),
+    ]
+    assert command("verify", saver.out_dir).returncode == 0
+    file = saver.root / "latest" / "__0_0.distcp"
+    data = file.read_bytes()
+    file.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
+    assert "checksum" not in command("list", saver.out_dir).stdout  # sizes only
+    verified = command("verify", saver.root, "--json")
+    assert verified.returncode == 1
+    assert {row["tier"]: row["damage"] for row in json.loads(verified.stdout)} == {
+        "latest": "__0_0.distcp does not match its checksum",
+        "latest_backup": None,
+        "best_model": None,
+    }
+
+
+def test_inspect(saver: Saver) -> None:
+    saver(1, "latest", "best_model", note="hello")
+    text = command("inspect", saver.root / "best_model").stdout
+    assert "float32 [5, 3]" in text and "optim.a.exp_avg" in text and "hello" in text
+    document = json.loads(command("inspect", saver.out_dir, "--json").stdout)
+    assert document["tensors"]["model.a"] == "float32 [5, 3]" and document["state"]["note"] == "hello"
+
+
+def test_commands_say_what_is_wrong(tmp_path: Path) -> None:
+    result = command("list", tmp_path)
+    assert result.returncode == 2 and "no checkpoints in" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_is_quick() -> None:
+    elapsed_s = []
+    for _ in range(3):
+        t0_s = time.perf_counter()
+        assert "verify" in command("--help").stdout
+        elapsed_s.append(time.perf_counter() - t0_s)
+    assert min(elapsed_s) < 0.5
