@@ -1,4 +1,4 @@
-"""The numbers that follow from the architecture: parameters, FLOPs, peak rates, utilisation, checkpoint size, expected loss.
+"""The numbers that follow from the architecture: parameters, FLOPs, peak rates, checkpoint size, expected loss.
 
 All in closed form and without torch; the tests compare them with the built model and with PyTorch's FlopCounterMode.
 docs/PARAMETER_FORMULAS.md derives them.
@@ -87,11 +87,6 @@ def forward_flops_per_token(cfg: ModelConfig, block_size: int | None = None, cau
 def flops_per_token(cfg: ModelConfig, block_size: int | None = None, causal: bool = False) -> int:
     """Training FLOPs per token: the backward pass costs two forward passes. Recomputation is not counted: it is no progress."""
     return 3 * forward_flops_per_token(cfg, block_size, causal)
-
-
-def mfu_percent(tokens_per_s: float, flops_per_token: float, peak_tflops: float | None) -> float | None:
-    """Model FLOPs utilisation: achieved over peak rate, both of all GPUs together; None where the peak is unknown."""
-    return None if peak_tflops is None else 100 * tokens_per_s * flops_per_token / (peak_tflops * 1e12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
