@@ -87,8 +87,6 @@ class CheckpointStore:
         self._host: dict[str, torch.Tensor] = {}  # host copies, reused by every save
         self._writer: threading.Thread | None = None
         self._reports: queue.SimpleQueue[SavedCheckpoint | str | BaseException] = queue.SimpleQueue()
-        self._root.mkdir(parents=True, exist_ok=True)
-        _clean_up(self._root)
 
     def save(self, iter: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], tiers: Sequence[str]) -> float:
         """Copies `tensors` and `state` (JSON) and returns the seconds that took; a thread writes them as every one of `tiers`.
@@ -144,12 +142,13 @@ class CheckpointStore:
         """The writer thread: one checkpoint under every name of `tiers`."""
         needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + len(state)
         try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            _clean_up(self._root)
             if needed_bytes > shutil.disk_usage(self._root).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             source = None
             for tier in tiers:
                 folder = self._root / f".writing-{tier}"
-                _delete(folder)
                 folder.mkdir()
                 if source is None:
                     manifest = _write_folder(folder, about, tensors, state)
@@ -165,8 +164,7 @@ class CheckpointStore:
             self._reports.put(error)
 
     def _describe(self, error: OSError, iter: int, needed_bytes: int) -> str:
-        for folder in self._root.glob(".writing-*"):
-            _delete(folder)
+        _clean_up(self._root)
         what = f"checkpoint of step {iter} not saved in {self._root}: {error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free_bytes = shutil.disk_usage(self._root).free
@@ -327,7 +325,7 @@ def _delete(folder: Path) -> None:
 
 
 def _clean_up(root: Path) -> None:
-    """Finishes what a killed run left undone."""
+    """Finishes what a killed run, or a save that failed, left undone."""
     for old in root.glob(".old-*"):
         tier = root / old.name.removeprefix(".old-")
         if not tier.exists():
