@@ -257,8 +257,8 @@ def report_steps(run: Run, keep: int) -> None:
             run.log.event("skipped_step", step.iter, f"step {step.iter} skipped: its gradient is not finite", loss=loss)
         if state.skipped_in_a_row >= run.cfg.optim.max_skipped_steps:
             raise NonFiniteRun(
-                f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite, the last at step {step.iter}; weights "
-                "and checkpoints are those from before. Try a lower --learning_rate, or another --dtype than float16"
+                f"{state.skipped_in_a_row} steps in a row had no finite gradient, the last at step {step.iter}; weights and "
+                "checkpoints are those from before. Try a lower --learning_rate, or another --dtype than float16"
             )
         if step.logged:
             run.log.step(
