@@ -290,6 +290,7 @@ def mark_events(ax: Axes, run: Run) -> None:
 def lr_panel(ax: Axes, run: Run, window: int) -> None:
     draw(ax, run, "lr", 1, color=BLUE)
     ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
 
 
 def mfu_panel(ax: Axes, run: Run, window: int) -> None:
@@ -345,7 +346,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("Learning rate", "per step", ("lr",), lr_panel),
+    Panel("Learning rate", "lr", ("lr",), lr_panel),
     Panel("Model FLOPs utilisation", "% of peak", ("mfu_percent",), mfu_panel),
     Panel("Throughput", "tokens/s", ("tokens_per_sec",), rate_panel),
     Panel("Step time", "ms", ("time_ms",), time_panel),
@@ -435,28 +436,27 @@ def compare_runs(runs: Sequence[Run], rows: list[list[str]], output: Path, smoot
     """The picture of several runs: overlaid curves, and the table of differences below."""
     import matplotlib.pyplot as plt
 
-    bits, mfu = any(run.best("val_bits_per_byte") for run in runs), any(run.has("mfu_percent") for run in runs)
-    panels: list[tuple[str, str, str, Callable[[Axes], None]]] = [
-        (
-            "Loss by tokens",
-            "nats per token",
-            "tokens",
-            lambda ax: overlay_loss(ax, runs, smooth, lambda run: run.steps["tokens"]),
-        ),
-        ("Loss by wall time", "nats per token", "hours", lambda ax: overlay_loss(ax, runs, smooth, wall_hours)),
-        *[("Validation", "bits per byte", "tokens", lambda ax: overlay_bits(ax, runs, smooth))] * bits,
-        ("Gradient norm, before clipping", "L2 norm", "tokens", lambda ax: overlay_column(ax, runs, smooth, "global_norm")),
-        ("Throughput", "tokens/s", "tokens", lambda ax: overlay_column(ax, runs, smooth, "tokens_per_sec")),
-        *[("Model FLOPs utilisation", "% of peak", "tokens", lambda ax: overlay_column(ax, runs, smooth, "mfu_percent"))] * mfu,
+    def overlay(function: Callable[..., None], **options: Any) -> Callable[[Axes], None]:
+        return lambda ax: function(ax, runs, smooth, **options)
+
+    panels = [
+        ("Loss by tokens", "nats per token", "tokens", overlay(overlay_loss, place=lambda run: run.steps["tokens"])),
+        ("Loss by wall time", "nats per token", "hours", overlay(overlay_loss, place=wall_hours)),
+        ("Gradient norm, before clipping", "L2 norm", "tokens", overlay(overlay_column, column="global_norm")),
+        ("Throughput", "tokens/s", "tokens", overlay(overlay_column, column="tokens_per_sec")),
     ]
+    if any(run.best("val_bits_per_byte") for run in runs):
+        panels.insert(2, ("Validation", "bits per byte", "tokens", overlay(overlay_bits)))
+    if any(run.has("mfu_percent") for run in runs):
+        panels.append(("Model FLOPs utilisation", "% of peak", "tokens", overlay(overlay_column, column="mfu_percent")))
     counts = spread(len(panels), per_row=2)
     curves_inches, table_inches = 3.3 * len(counts), 0.24 * (len(rows) + 1) + 0.3
     figure = plt.figure(figsize=(14, curves_inches + table_inches), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[curves_inches, table_inches])
     axes = grid(top, counts, [1.0] * len(counts))
-    for ax, (title, y_label, x_label, overlay) in zip(axes, panels, strict=True):
+    for ax, (title, y_label, x_label, draw_overlay) in zip(axes, panels, strict=True):
         dress(ax, title, y_label, x_label)
-        overlay(ax)
+        draw_overlay(ax)
     handles = [plt.Line2D([], [], color=color, linewidth=3) for color in run_colours(runs)]
     axes[0].legend(handles, labels(runs), loc="upper right", title="thin: train, smoothed · bold: validation", title_fontsize=8)
     draw_table(bottom.subplots(), [["", *labels(runs)], *rows], run_colours(runs))
@@ -518,7 +518,7 @@ def table_text(lines: list[list[str]]) -> str:
 
 def draw_table(ax: Axes, lines: list[list[str]], colours: Sequence[str]) -> None:
     """The differences over the whole width: columns as wide as their texts, letters as large as then fit."""
-    longest = max(12, 170 // len(lines[0]))
+    longest = max(12, 200 // len(lines[0]))
     texts = [[text if len(text) <= longest else text[: longest - 1] + "…" for text in line] for line in lines]
     widths = [max(map(len, column)) + 3 for column in zip(*texts, strict=True)]
     ax.axis("off")
