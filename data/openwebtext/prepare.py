@@ -1,0 +1,21 @@
+"""OpenWebText, 8 million pages in GPT-2's tokens: about 9 billion for training, 4 million for validation."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+
+from configurator import run_command
+from data.corpus import Recipe, prepare
+from data.source import HubSource
+
+RECIPE = Recipe(
+    folder=Path(__file__).resolve().parent,
+    tokenizer="gpt2",
+    val_fraction=0.0005,  # as nanoGPT's, but chosen by a hash of the page's number
+    source=lambda *_: HubSource("Skylion007/openwebtext"),
+)
+
+
+if __name__ == "__main__":
+    run_command(lambda argv: prepare(RECIPE, argv))
