@@ -1,3 +1,3 @@
-#!/bin/sh
+#!/bin/bash
 # What is on disk and whether it is whole: scripts/list_checkpoints.sh [out_dir]
-exec python "$(dirname "$0")/../checkpoint.py" list "$@"
+exec "${PYTHON:-python}" "$(dirname "$0")/../checkpoint.py" list "$@"
