@@ -95,11 +95,11 @@ def _finite(value: Any) -> Any:
 
 
 def surviving_entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """(section, value) of every value, and (section, record) of every record, whose line is whole. The file is read once."""
+    """(section, value) and (section, record) of every line that is whole; nothing of a file that was not written here."""
     section = ""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line[:2] in (' "', '{"'):  # a section starts: its value follows, or its records on lines of their own
+            if line.startswith('{"run_name": ' if not section else ' "'):  # a value, or a list with a record on each line
                 section, _, line = line[2:].partition('": ')
             with suppress(ValueError):  # a torn line, or a bracket
                 yield section, json.loads(line.strip(" ,\n"))
@@ -513,13 +513,15 @@ class TrainingLogger:
         out_dir = Path(cfg.run.out_dir)
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            moved = set_aside(out_dir, run_name) if resume_iter is None else []
-            self._console = Console(log_path(out_dir, run_name).with_suffix(".log"), cfg.log.console)
-            self._open_file(log_path(out_dir, run_name), run_name, resume_iter)
+            path = log_path(out_dir, run_name)
+            earlier = [path, path.with_suffix(".log"), out_dir / "tensorboard" / run_name]
+            moved = set_aside(earlier) if resume_iter is None else []
+            self._console = Console(path.with_suffix(".log"), cfg.log.console)
+            if moved:
+                self.line(f"an earlier run was named {run_name} too; its files are kept as {', '.join(moved)}")
+            self._open_file(path, run_name, resume_iter)
         except OSError as error:
             raise UserError(f"out_dir={cfg.run.out_dir}: the run log cannot be written there: {error}") from None
-        if moved:
-            self.line(f"an earlier run was named {run_name} too; its files are kept as {', '.join(moved)}")
         self._open_sinks(out_dir, run_name, resume_iter)
 
     def report(self, startup_info: dict[str, dict[str, Any]], throughput: Throughput) -> None:
@@ -625,7 +627,7 @@ class TrainingLogger:
         old: dict[str, Any] = {}
         starts, previous, dropped = [-1], -1, 0  # iters after which a process wrote its first record
         for section, entry in surviving_entries(path):
-            if section in VALUES:
+            if section not in LISTS:
                 old[section] = entry
                 continue
             if section != "events" and entry["iter"] > resume_iter:
@@ -641,6 +643,8 @@ class TrainingLogger:
                 starts.append(entry["iter"])
         if draft.flush():
             raise OSError(f"no space to take over {path}")
+        if VALUES[0] not in old:
+            self.line(f"{path} is not a run log that this program wrote; it is kept as {set_aside([path])[0]}")
         draft.move_to(path)
         self._file = draft
         self._wall_before_s = old.get("summary", {}).get("wall_s", 0.0)
@@ -726,11 +730,10 @@ def changed_knobs(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tupl
     return {name: (before[name], now[name]) for name in names if before[name] != now[name]}
 
 
-def set_aside(out_dir: Path, run_name: str) -> list[str]:
-    """Renames what an earlier run of this name left to the first free .1, .2, ... and returns the new names."""
-    path = log_path(out_dir, run_name)
-    old = [p for p in (path, path.with_suffix(".log"), out_dir / "tensorboard" / run_name) if p.exists()]
+def set_aside(paths: list[Path]) -> list[str]:
+    """Renames what is there to the first free .1, .2, ... and returns the new names."""
+    old = [path for path in paths if path.exists()]
     number = 1
-    while any(p.with_name(f"{p.name}.{number}").exists() for p in old):
+    while any(path.with_name(f"{path.name}.{number}").exists() for path in old):
         number += 1
-    return [str(p.rename(p.with_name(f"{p.name}.{number}"))) for p in old]
+    return [str(path.rename(path.with_name(f"{path.name}.{number}"))) for path in old]

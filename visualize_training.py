@@ -87,7 +87,7 @@ def log_entries(path: Path) -> Iterator[tuple[str, Any]]:
     section = ""
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            if line[:2] in (' "', '{"'):
+            if line.startswith('{"run_name": ' if not section else ' "'):
                 section, _, line = line[2:].partition('": ')
             with suppress(ValueError):  # a bracket, or what a crash left
                 yield section, json.loads(line.strip(" ,\n"))

@@ -1,0 +1,73 @@
+"""What a record of the run log costs: `python benchmarks/logging_cost.py [--records=1000000]`.
+
+Writes records through the real logger (console to /dev/null) and prints the cost of the last thousand before 10^3, 10^4, 10^5
+and 10^6: it is the same, however long the run. `mixed` has an evaluation and two checkpoints every 250 records, as a real run
+has; sections that overflow and are written anew, and the fsync of each checkpoint, are in its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configurator import Config, OptimConfig, RunConfig
+from training_logger import StepRecord, Throughput, TrainingLogger, log_path
+
+
+def log_one(log: TrainingLogger, step: int, mixed: bool) -> None:
+    loss = 3.2145123 + 1 / (step + 1)
+    moments = (-5.67e-6, 2.34e-4) if step % 10 == 0 else (None, None)
+    log.step(StepRecord(step, loss, 1.5e-4, 234.1234, 0.0213, step * 491_520, 1.2345678, *moments, 2.34, 3.12, 4.0))
+    if mixed and step % 250 == 0:
+        log.evaluation(step, loss, loss + 0.01, 0.98, 1.5e-4, step * 491_520)
+        log.checkpoint(step, "latest", "out/checkpoints/latest", loss, 1_493_000_000, 2.1)
+        log.checkpoint(step, "best_model", "out/checkpoints/best_model", loss, 1_493_000_000, 0.1)
+
+
+def measure(records: int, mixed: bool) -> None:
+    """Prints a row for the thousand records before each power of ten."""
+    ends = [10**exponent for exponent in range(3, 10) if 10**exponent <= records]
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        cfg = Config(optim=OptimConfig(max_iters=records), run=RunConfig(out_dir=folder))
+        with contextlib.redirect_stdout(nowhere):
+            log = TrainingLogger(cfg, "cost")
+            log.report({}, Throughput(8.55e8, 7.98e8, 989.5, 491_520))
+        path, start_s, done = log_path(folder, "cost"), time.perf_counter(), 0
+        for end in ends:
+            with contextlib.redirect_stdout(nowhere):
+                for step in range(done, end - 1_000):
+                    log_one(log, step, mixed)
+                t0_bytes, t0_s, t0_cpu_s = path.stat().st_size, time.perf_counter(), time.process_time()
+                for step in range(end - 1_000, end):
+                    log_one(log, step, mixed)
+            cpu_us, wall_us = (time.process_time() - t0_cpu_s) * 1e3, (time.perf_counter() - t0_s) * 1e3
+            size, done = path.stat().st_size, end
+            all_us = (time.perf_counter() - start_s) / end * 1e6
+            grown = (size - t0_bytes) / 1e3
+            print(
+                f"{'mixed' if mixed else 'plain'} {end:>12,} {cpu_us:>9.1f} {wall_us:>9.1f} {all_us:>10.1f} {grown:>8.1f} {size / 1e6:>9.1f}"
+            )
+        with contextlib.redirect_stdout(nowhere):
+            log.close("finished")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and bytes of a record of the run log.")
+    parser.add_argument("--records", type=int, default=1_000_000, help="length of the longest run [1000000]")
+    args = parser.parse_args()
+    print(
+        "run        records    us CPU   us wall  us overall    bytes   file, MB   (a record, in the last thousand; overall is wall)"
+    )
+    for mixed in (False, True):
+        measure(args.records, mixed)
+
+
+if __name__ == "__main__":
+    main()
