@@ -216,6 +216,14 @@ def test_old_rolling_and_epoch_checkpoints_go(tmp_path: Path) -> None:
     assert sorted(path.name for path in saver.root.iterdir()) == ["epoch_5000", "rolling_step_1000", "rolling_step_5000"]
 
 
+def test_half_a_deleted_checkpoint_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Saver(tmp_path, keep_rolling=1)
+    saver(1, "rolling_step_1")
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, **_: (folder / "state.json").unlink())  # and then it was killed
+    saver(2, "rolling_step_2")
+    assert list(module._tiers(saver.root)) == ["rolling_step_2"]
+
+
 def test_a_failure_that_is_not_the_disks_is_raised(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
@@ -477,6 +485,14 @@ def test_malicious_metadata_runs_nothing(saver: Saver, tmp_path: Path, make: str
     assert not marker.exists()
 
 
+def test_metadata_that_was_exchanged_after_the_check_runs_nothing(saver: Saver, tmp_path: Path) -> None:
+    saver(1, "latest")
+    opened = saver.find()
+    (opened.path / ".metadata").write_bytes(pickle.dumps(Evil(os.mkdir, str(tmp_path / "marker"))))
+    assert torch.equal(opened.read_tensors()["model.a"], tensors_of(1)["model.a"])
+    assert not (tmp_path / "marker").exists()
+
+
 def test_a_malicious_tensor_runs_nothing(saver: Saver, tmp_path: Path) -> None:
     saver(1, "latest", tensors={"model.a": torch.zeros(3)})
     folder, marker = saver.root / "latest", tmp_path / "marker"
@@ -491,6 +507,7 @@ def test_a_malicious_tensor_runs_nothing(saver: Saver, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected an existing checkpoint")
 def test_an_object_in_place_of_a_tensor_is_refused(saver: Saver) -> None:
     saver(1, "latest")
     folder = saver.root / "latest"
@@ -604,12 +621,18 @@ def test_list_and_verify(saver: Saver) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
     assert "checksum" not in command("list", saver.out_dir).stdout  # sizes only
+    (saver.root / "best_model" / "state.json").unlink()
+    assert "state.json is missing" in command("list", saver.out_dir).stdout
+    (saver.root / "best_model" / "state.json").write_text("{}")
+    assert "state.json has 2 bytes, not" in command("list", saver.out_dir).stdout
     verified = command("verify", saver.root, "--json")
     assert verified.returncode == 1
-    assert {row["tier"]: row["damage"] for row in json.loads(verified.stdout)} == {
+    damage = {row["tier"]: row["damage"] for row in json.loads(verified.stdout)}
+    assert "state.json has 2 bytes" in damage["best_model"]
+    assert damage == {
         "latest": "__0_0.distcp does not match its checksum",
         "latest_backup": None,
-        "best_model": None,
+        "best_model": damage["best_model"],
     }
 
 
