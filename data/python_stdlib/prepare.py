@@ -1,4 +1,4 @@
-"""The standard library's own source files: 12 MB of Python text that every machine has, for a first run without a network."""
+"""The standard library's own source files: 11 MB of Python that every machine has, for a first run without a network."""
 
 import sys
 import sysconfig
