@@ -91,9 +91,8 @@ class Journal:
     def read(cls, path: Path, recipe: str) -> Journal:
         """The journal at `path`, or an empty one where that is missing, torn or of another recipe."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            splits = {split: Progress(**values.pop("splits")[split]) for split in SPLITS}
-            journal = cls(**values, splits=splits)
+            journal = cls(**json.loads(path.read_text(encoding="utf-8")))
+            journal.splits = {split: Progress(**journal.splits[split]) for split in SPLITS}
         except (OSError, ValueError, TypeError, KeyError):
             return cls(recipe)
         return journal if journal.recipe == recipe else cls(recipe)

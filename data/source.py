@@ -106,8 +106,10 @@ class HubSource:
             first = 0
             if not self.streaming:  # the rows are on this disk: no need to read those that are done
                 first = min(skip, len(rows))
-                rows = rows.select(range(first, len(rows)))
                 skip -= first
+                if first == len(rows):
+                    continue
+                rows = rows.select(range(first, len(rows)))
             for number, row in enumerate(rows, first):
                 if skip:
                     skip -= 1
