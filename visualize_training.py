@@ -219,12 +219,15 @@ def spread(panels: int, per_row: int) -> list[int]:
 
 
 def dress(ax: Axes, title: str, y_label: str, x_label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     ax.set_title(title, loc="left", fontweight="bold", fontsize=10)
     ax.set(xlabel=x_label, ylabel=y_label)
     ax.grid(True, alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     ax.margins(x=0.01)
-    ax.xaxis.set_major_formatter(lambda value, _: in_words(value) if x_label == "tokens" else f"{value:,.6g}")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "step", steps=(1, 2, 5, 10)))
+    ax.xaxis.set_major_formatter(lambda value, _: in_words(value) if x_label == "tokens" else f"{value:,.10g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
@@ -234,6 +237,13 @@ def in_words(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
+
+
+def span(seconds: float | None) -> str | None:
+    """45 s, 12.5 min, 63.2 h."""
+    if seconds is None:
+        return None
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def window_of(run: Run, smooth: int | None) -> int:
@@ -249,13 +259,13 @@ def window_of(run: Run, smooth: int | None) -> int:
 def loss_panel(ax: Axes, run: Run, window: int) -> None:
     import numpy as np
 
-    draw(ax, run, "loss", window, color=BLUE, label="train" if window == 1 else f"train, mean of {window} records")
+    draw(ax, run, "loss", window, color=BLUE, label="train" if window == 1 else f"train, mean of {window:,} records")
     at, val = run.evaluations("iter"), run.evaluations("val_loss")
     if np.isfinite(val).any():
-        ax.plot(
-            at, run.evaluations("train_loss"), "s", color=BLUE, markersize=4, markerfacecolor="white", label="train, evaluated"
-        )
-        ax.plot(at, val, "o-", color=ORANGE, markersize=4, linewidth=1.4, label="validation")
+        size = 4 if len(at) <= 60 else 1.5
+        train = run.evaluations("train_loss")
+        ax.plot(at, train, "s", color=BLUE, markersize=size, markerfacecolor="white", label="train, evaluated")
+        ax.plot(at, val, "o-", color=ORANGE, markersize=size, linewidth=1.4, label="validation")
         mark_best(ax, run, int(np.nanargmin(val)))
     mark_events(ax, run)
     limit_to_later(ax, (run.steps["iter"], moving_mean(run.steps["loss"], window)), (at, val))
@@ -271,6 +281,7 @@ def mark_best(ax: Axes, run: Run, index: int) -> None:
     ax.annotate(
         text, place, xytext=(-12 if late else 12, 30), textcoords="offset points", ha="right" if late else "left",
         color=ORANGE, arrowprops={"arrowstyle": "-", "color": ORANGE, "linewidth": 0.8},
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
     )  # fmt: skip
 
 
@@ -331,9 +342,7 @@ def norm_panel(ax: Axes, run: Run, window: int) -> None:
 
 
 def std_panel(ax: Axes, run: Run, window: int) -> None:
-    """Gradient statistics come every few records: those are joined, and not smoothed over the gaps."""
-    x, y = thinned(run.steps["iter"], run.steps["grad_std"])
-    ax.plot(x, y, color=PINK, linewidth=1.2, marker="." if len(x) < 60 else None)
+    draw(ax, run, "grad_std", window, color=PINK)
     log_scale(ax)
 
 
@@ -378,7 +387,7 @@ def heading(run: Run) -> str:
     how_far = [
         f"step {run.steps['iter'][-1]:,.0f}" + (f" of {run.knobs['max_iters']:,}" if "max_iters" in run.knobs else ""),
         f"{in_words(run.steps['tokens'][-1])} tokens",
-        f"{run.summary['wall_s'] / 3600:.2f} h" if run.summary.get("wall_s") else None,
+        span(run.summary.get("wall_s")),
         run.summary.get("status"),
     ]
     return "\n".join("   ·   ".join(filter(None, line)) for line in (what, how_far))
@@ -389,7 +398,7 @@ def heading(run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def wall_hours(run: Run) -> np.ndarray:
+def wall_seconds(run: Run) -> np.ndarray:
     """Wall time at each record: the steps' own times added up, moved to the clock wherever an evaluation read it."""
     import numpy as np
 
@@ -399,11 +408,11 @@ def wall_hours(run: Run) -> np.ndarray:
     at, wall_s = run.evaluations("iter"), run.evaluations("wall_s")
     if len(at):
         training_s += np.interp(x, at, wall_s - np.interp(at, x, training_s))
-    return training_s / 3600
+    return training_s
 
 
 def overlay_loss(ax: Axes, runs: Sequence[Run], smooth: int | None, place: Callable[[Run], np.ndarray]) -> None:
-    """Smoothed training loss, thin, and validation loss, bold, against tokens or hours."""
+    """Smoothed training loss, thin, and validation loss, bold, against tokens or time."""
     import numpy as np
 
     lines = []
@@ -429,7 +438,7 @@ def overlay_column(ax: Axes, runs: Sequence[Run], smooth: int | None, column: st
     if column == "global_norm":
         log_scale(ax)
     else:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * ax.dataLim.y1)
 
 
 def compare_runs(runs: Sequence[Run], rows: list[list[str]], output: Path, smooth: int | None) -> None:
@@ -439,9 +448,10 @@ def compare_runs(runs: Sequence[Run], rows: list[list[str]], output: Path, smoot
     def overlay(function: Callable[..., None], **options: Any) -> Callable[[Axes], None]:
         return lambda ax: function(ax, runs, smooth, **options)
 
+    unit, unit_s = ("hours", 3600) if max(wall_seconds(run)[-1] for run in runs) > 7200 else ("minutes", 60)
     panels = [
         ("Loss by tokens", "nats per token", "tokens", overlay(overlay_loss, place=lambda run: run.steps["tokens"])),
-        ("Loss by wall time", "nats per token", "hours", overlay(overlay_loss, place=wall_hours)),
+        ("Loss by wall time", "nats per token", unit, overlay(overlay_loss, place=lambda run: wall_seconds(run) / unit_s)),
         ("Gradient norm, before clipping", "L2 norm", "tokens", overlay(overlay_column, column="global_norm")),
         ("Throughput", "tokens/s", "tokens", overlay(overlay_column, column="tokens_per_sec")),
     ]
@@ -480,8 +490,8 @@ RESULTS: dict[str, Callable[[Run], Any]] = {
     "status": lambda run: run.summary.get("status"),
     "steps": lambda run: int(run.steps["iter"][-1]),
     "tokens": lambda run: in_words(run.steps["tokens"][-1]),
-    "wall time, h": lambda run: run.summary["wall_s"] / 3600 if run.summary.get("wall_s") else None,
-    "final train loss": lambda run: run.summary.get("final_train_loss"),
+    "wall time": lambda run: span(run.summary.get("wall_s")),
+    "last train loss": lambda run: float(run.steps["loss"][-1]),
     "best val loss": lambda run: run.best("val_loss"),
     "best val bits per byte": lambda run: run.best("val_bits_per_byte"),
     "tokens/s": lambda run: run.summary.get("avg_tokens_per_sec"),

@@ -1,0 +1,237 @@
+"""Plots: what is read from a log in any state, which panels are drawn, what a comparison says, and what bad input gets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from configurator import ROOT, Config, ModelConfig, OptimConfig, RunConfig
+from training_logger import StepRecord, Throughput, TrainingLogger, log_path
+from visualize_training import DRAWN_POINTS, LogError, differences, labels, main, moving_mean, read_run, thinned, wall_seconds
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_log(folder: Path, name: str = "a", steps: int = 40, gpu: bool = False, optim: OptimConfig | None = None) -> Path:
+    """A log as a run writes it: an evaluation every 10 steps, gradient statistics every 5, one skipped step, one resume."""
+    cfg = Config(run=RunConfig(out_dir=str(folder)), optim=optim or OptimConfig(), model=ModelConfig(n_layer=2))
+    resume_iter = None
+    for end in (steps // 2, steps):
+        log = TrainingLogger(cfg, name, resume_iter)
+        log.report({"model": {"architecture": "2L", "parameters": 7}}, Throughput(6e9, 5e9, 989.5 if gpu else None, 1_000))
+        for i in range((resume_iter or 0) + 1, end + 1):
+            memory = (1.0, 2.0, 3.0) if gpu else (None, None, None)
+            moments = (1e-6, 1e-3) if i % 5 == 0 else (None, None)
+            log.step(StepRecord(i, 5.0 - i / 50, 1e-3, 100.0, 0.5, 1_000 * i, 0.5 + i / 100, *moments, *memory))
+            if i % 10 == 0:
+                log.evaluation(i, 5.0 - i / 50, 5.1 - i / 50, 2.0, 1e-3, 1_000 * i)
+                log.checkpoint(i, "latest", "out/latest", None, 1, 0.1)
+        if resume_iter is None:
+            log.event("skipped_step", end, "a skipped step")
+        log.close("stopped")
+        resume_iter = end
+    return log_path(folder, name)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The figures that were saved, for a look at what is in them."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def saving(figure: Any, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saving)
+    yield figures
+
+
+def titles(figure: Any) -> list[str]:
+    return [ax.get_title(loc="left") for ax in figure.axes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_is_read_into_columns(tmp_path: Path) -> None:
+    run = read_run(write_log(tmp_path, gpu=True))
+    assert run.name == "a" and run.knobs["n_layer"] == 2 and run.summary["status"] == "stopped"
+    np.testing.assert_array_equal(run.steps["iter"], np.arange(1, 41))
+    np.testing.assert_allclose(run.steps["loss"], 5 - np.arange(1, 41) / 50)
+    np.testing.assert_allclose(run.steps["tokens_per_sec"], 10_000)
+    assert list(np.flatnonzero(np.isfinite(run.steps["grad_std"])) + 1) == list(range(5, 41, 5))
+    assert run.best("val_loss") == pytest.approx(4.3) and list(run.evaluations("iter")) == [10, 20, 30, 40]
+    assert [event["kind"] for event in run.events] == ["start", "skipped_step", "stop", "resume", "stop"]
+
+
+@pytest.mark.parametrize("cut", range(1, 1_000, 83))
+def test_a_torn_log_gives_all_that_is_whole(tmp_path: Path, cut: int) -> None:
+    path = write_log(tmp_path)
+    whole, content = read_run(path), path.read_bytes()
+    path.write_bytes(content[:-cut])
+    torn = read_run(path)
+    kept = len(torn.steps["iter"])
+    assert 40 - kept <= 1 + cut // 300  # a record is a little longer than that
+    np.testing.assert_array_equal(torn.steps["loss"], whole.steps["loss"][:kept])
+    assert torn.eval_steps == whole.eval_steps and torn.events == whole.events
+
+
+def test_a_hole_in_a_section_costs_one_entry(tmp_path: Path) -> None:
+    path = write_log(tmp_path)
+    content = path.read_bytes()
+    middle = content.index(b'{"iter": 20, "train_loss"') + 3
+    path.write_bytes(content[:middle] + b"\0" * 5 + content[middle + 5 :])
+    run = read_run(path)
+    assert list(run.evaluations("iter")) == [10, 30, 40] and len(run.steps["iter"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "no run log"),
+        (b"loss 3.2\n", "no run log"),
+        (b"[1, 2, 3]", "no run log"),
+        (b"\x89PNG\r\n\x1a\n\x00\xff", "no run log"),
+        (b'{"run_name": "x",\n "training_iterations": [\n  3\n]}\n', "no run log"),
+    ],
+)
+def test_a_bad_file_is_one_line_and_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "run_bad.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error and str(path) in error
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_a_run_before_its_first_step_says_so(tmp_path: Path) -> None:
+    TrainingLogger(Config(run=RunConfig(out_dir=str(tmp_path))), "a").close("finished")
+    with pytest.raises(LogError, match="no training iteration is logged yet"):
+        read_run(log_path(tmp_path, "a"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, folder in enumerate(("out", "out-b", "out-c")):
+        path = write_log(tmp_path / folder, "a")
+        os.utime(path, (1_000_000 + 10 * (number == 1), 1_000_000 + 10 * (number == 1)))
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert (tmp_path / "out-b" / "run_a_analysis.png").read_bytes().startswith(PNG)
+    assert len(list(tmp_path.glob("*/*.png"))) == 1
+
+
+ALWAYS = ["Loss", "Learning rate", "Throughput", "Step time", "Gradient norm, before clipping", "Gradient elements"]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_panels_without_a_figure_are_left_out(tmp_path: Path, drawn: list[Any], gpu: bool) -> None:
+    assert main([str(write_log(tmp_path, gpu=gpu))]) == 0
+    [figure] = drawn
+    assert set(titles(figure)) == {*ALWAYS, *(["Model FLOPs utilisation", "GPU memory"] if gpu else [])}
+    assert all(ax.get_xlabel() == "step" and ax.get_ylabel() and ax.has_data() for ax in figure.axes)
+
+
+def test_the_loss_panel_marks_what_happened(tmp_path: Path, drawn: list[Any]) -> None:
+    assert main([str(write_log(tmp_path)), "--smooth", "8"]) == 0
+    loss = drawn[0].axes[0]
+    names = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert names == ["train, mean of 8 records", "train, evaluated", "validation", "checkpoint", "skipped step", "resumed"]
+    assert [text.get_text() for text in loss.texts] == ["best 4.3000 at step 40\n2.0000 bits per byte"]
+    lines = {line.get_label(): list(line.get_xdata()) for line in loss.lines}
+    assert lines["checkpoint"] == [10, 20, 30, 40] and lines["skipped step"] == [20] and lines["resumed"] == [20, 20]
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_run_of_few_records_is_drawn(tmp_path: Path, steps: int) -> None:
+    path = write_log(tmp_path, steps=steps)
+    assert main([str(path), "--output", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(PNG)
+
+
+def test_several_runs_are_overlaid_above_a_table(tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    a = write_log(tmp_path, "a", gpu=True)
+    b = write_log(tmp_path, "b", steps=20, optim=OptimConfig(learning_rate=1e-3))
+    capsys.readouterr()
+    assert main([str(a), str(b), "--output", str(tmp_path / "both.png")]) == 0
+    [figure] = drawn
+    curves = ["Loss by tokens", "Loss by wall time", "Validation", "Gradient norm, before clipping", "Throughput"]
+    assert titles(figure) == [*curves, "Model FLOPs utilisation", ""]  # the table has no title
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed[0] == ["a", "b"]
+    assert [line[0] for line in printed].count("learning_rate") == 1
+    assert ["learning_rate", "0.0006", "0.001"] in printed and ["steps", "40", "20"] in printed
+    assert ["best", "val", "loss", "4.3", "4.7"] in printed and ["tokens", "40k", "20k"] in printed
+    assert not any(line[0] in ("n_layer", "run_name", "out_dir") for line in printed)
+    table = [cell.get_text().get_text() for cell in figure.axes[-1].tables[0].get_celld().values()]
+    assert {"learning_rate", "0.0006", "0.001", "best val bits per byte"} <= set(table)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folder(tmp_path: Path) -> None:
+    runs = [read_run(write_log(tmp_path / folder)) for folder in ("out-a", "out-b")]
+    assert labels(runs) == ["out-a/a", "out-b/a"]
+    assert not any(row[0] in ("out_dir", "learning_rate") for row in differences(runs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 100])
+def test_the_moving_mean_leaves_out_what_is_not_finite(window: int) -> None:
+    y = np.array([3.0, np.nan, 1.0, 4.0, np.inf, 5.0, 9.0, 2.0])
+    expected = []
+    for i in range(len(y)):
+        near = y[max(0, i - window // 2) : i + (window + 1) // 2]
+        near = near[np.isfinite(near)]
+        expected.append(near.mean() if len(near) else np.nan)
+    np.testing.assert_allclose(moving_mean(y, window), expected)
+
+
+@pytest.mark.parametrize("points", [10, DRAWN_POINTS, 1_000_003])
+def test_a_thinned_line_keeps_its_ends_and_its_peaks(points: int) -> None:
+    y = np.random.default_rng(0).normal(size=points)
+    y[[points // 3, points // 2, points // 4]] = [99.0, -99.0, np.nan]
+    x, thin = thinned(np.arange(points), y)
+    assert len(thin) <= 1.1 * DRAWN_POINTS and len(thin) >= min(points - 1, DRAWN_POINTS // 2)
+    assert thin.max() == 99.0 and thin.min() == -99.0 and x[-1] == points - 1
+    np.testing.assert_array_equal(y[x], thin)
+
+
+def test_wall_time_follows_the_clock_where_it_was_read(tmp_path: Path) -> None:
+    run = read_run(write_log(tmp_path, steps=20))
+    run.eval_steps = [{"iter": 10, "wall_s": 31.0}, {"iter": 20, "wall_s": 42.0}]  # the steps themselves took 1 s each ten
+    seconds = wall_seconds(run)
+    assert seconds[9] == pytest.approx(31.0) and seconds[19] == pytest.approx(42.0)
+    assert seconds[0] == pytest.approx(31.0 - 0.9) and (np.diff(seconds) > 0).all()
+
+
+def test_help_is_quick() -> None:
+    code = (
+        "import sys, visualize_training\n"
+        "try: visualize_training.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'numpy', 'matplotlib', 'torch', 'configurator'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--smooth" in done.stdout, done.stderr
