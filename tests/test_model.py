@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from configurator import ModelConfig, UserError
 from model import KVCache, SampleOptions, Transformer, generate, next_token
@@ -77,6 +77,8 @@ LLAMA_NAMES = {
     "token_embedding.weight": "model.embed_tokens.weight",
     "attention_norm.weight": "model.layers.{i}.input_layernorm.weight",
     "attention.qkv.weight": tuple(f"model.layers.{{i}}.self_attn.{x}_proj.weight" for x in "qkv"),
+    "attention.q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
+    "attention.k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
     "attention.out.weight": "model.layers.{i}.self_attn.o_proj.weight",
     "ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
     "ffn.up.weight": tuple(f"model.layers.{{i}}.mlp.{x}_proj.weight" for x in ("gate", "up")),
@@ -84,6 +86,15 @@ LLAMA_NAMES = {
     "final_norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
+
+
+def llama_shape(cfg: ModelConfig) -> dict:
+    return {
+        **{"num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head, "num_key_value_heads": cfg.kv_heads},
+        **{"hidden_size": cfg.n_embd, "intermediate_size": cfg.ffn_hidden, "max_position_embeddings": cfg.block_size},
+        **{"vocab_size": cfg.vocab_size, "rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": cfg.weight_tying},
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_theta},
+    }
 
 
 def randomise(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -130,14 +141,16 @@ def test_logits_equal_llama(n_layer, n_head, n_kv_head, n_embd, d_ff, block_size
         **{"n_layer": n_layer, "n_head": n_head, "n_kv_head": n_kv_head, "n_embd": n_embd, "d_ff": d_ff},
         **{"block_size": block_size, "vocab_size": vocab_size, "rope_theta": theta},
     )
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            **{"num_hidden_layers": n_layer, "num_attention_heads": n_head, "num_key_value_heads": n_kv_head},
-            **{"hidden_size": n_embd, "intermediate_size": cfg.ffn_hidden, "max_position_embeddings": block_size},
-            **{"vocab_size": vocab_size, "rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": tied},
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-        )
-    )
+    theirs = LlamaForCausalLM(LlamaConfig(**llama_shape(cfg)))
+    model = build(cfg)
+    copy_weights(model, randomise(theirs), LLAMA_NAMES, transpose=False)
+    assert_same_logits(model, theirs, tokens(cfg))
+
+
+@pytest.mark.parametrize("n_kv_head", (1, 4))
+def test_qk_norm_is_qwen3s(n_kv_head):
+    cfg = replace(TINY, n_kv_head=n_kv_head, qk_norm=True, **LLAMA)
+    theirs = Qwen3ForCausalLM(Qwen3Config(**llama_shape(cfg), head_dim=cfg.head_dim))
     model = build(cfg)
     copy_weights(model, randomise(theirs), LLAMA_NAMES, transpose=False)
     assert_same_logits(model, theirs, tokens(cfg))
