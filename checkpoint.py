@@ -46,7 +46,7 @@ FORMAT_VERSION = 1
 FOLDER = "checkpoints"  # of out_dir
 MAX_FILES = 8  # of tensors in a checkpoint, each written, hashed and read by a thread of its own
 MIN_FILE_BYTES = 64 * 2**20  # below this a second file costs more than it gains
-HASH_CHUNK_BYTES = 2**20  # hashed and written while it is in the CPU's cache
+HASH_CHUNK_BYTES = 2**20  # hashed and written while it is in the cache; larger ones slow training more
 
 
 # ---------------------------------------------------------------------------------------------------------------------
