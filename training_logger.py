@@ -338,8 +338,12 @@ class Console:
         self._file_works = True
 
     def print(self, text: str, style: str = "") -> None:
+        shown = f"{style}{text}{RESET}" if style and self._colour else text
         try:
-            sys.stdout.write(f"{style}{text}{RESET}\n" if style and self._colour else f"{text}\n")
+            try:
+                sys.stdout.write(f"{shown}\n")
+            except UnicodeEncodeError:  # a terminal that cannot show all letters
+                sys.stdout.write(shown.encode("ascii", "backslashreplace").decode() + "\n")
             sys.stdout.flush()
         except OSError:  # the terminal or the pipe is gone
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -365,11 +369,9 @@ def step_lines(record: dict[str, Any]) -> list[str]:
     if mfu["peak_tflops"] is not None:
         rates += [f"Peak: {figure(mfu['peak_tflops'])} TF"]
     rates += [f"Tokens/s: {mfu['tokens_per_sec']:,.0f}", f"FLOPs/token: {figure(mfu['flops_per_token'] / 1e9)} GF"]
-    loss, time_ms = record["loss"], record["time_ms"]
-    lines = [
-        f"Iter {record['iter']} | Loss: {loss:.4f} | Time: {time_ms:.{0 if time_ms >= 10 else 2}f}ms | LR: {record['lr']:.2e}"
-    ]
-    lines += [" | ".join(rates)]
+    time_text = f"{record['time_ms']:.{0 if record['time_ms'] >= 10 else 2}f}ms"
+    first = f"Iter {record['iter']} | Loss: {record['loss']:.4f} | Time: {time_text} | LR: {record['lr']:.2e}"
+    lines = [first, " | ".join(rates)]
     if memory is not None:
         lines += [
             f"Memory: {memory['allocated_gb']:.2f} GB alloc | {memory['peak_gb']:.2f} GB peak | "
@@ -415,8 +417,6 @@ def readable(value: Any) -> str:
             return f"{value:,.6g}"
         case list() | tuple():
             return ", ".join(map(readable, value)) or "none"
-        case dict():
-            return ", ".join(f"{key} {readable(item)}" for key, item in value.items()) or "none"
     return str(value)
 
 
@@ -430,9 +430,8 @@ def step_figures(record: dict[str, Any]) -> dict[str, float]:
     memory, gradients = record["memory"] or {}, record["gradients"]
     tags = {"loss/train": record["loss"], "loss/lr": record["lr"], "perf/time_ms": record["time_ms"]}
     tags |= {"perf/data_wait_ms": record["data_wait_ms"], "perf/tokens": record["tokens"]}
-    tags |= {
-        f"perf/{key}": record["mfu"][key] for key in ("mfu_percent", "mfu_causal_percent", "achieved_tflops", "tokens_per_sec")
-    }
+    rates = ("mfu_percent", "mfu_causal_percent", "achieved_tflops", "tokens_per_sec")
+    tags |= {f"perf/{key}": record["mfu"][key] for key in rates}
     tags |= {f"memory/{key}": value for key, value in memory.items()} | {f"gradients/{key}": gradients[key] for key in gradients}
     return {tag: value for tag, value in tags.items() if value is not None}
 
@@ -447,9 +446,8 @@ class TensorBoard:
         except ImportError as error:
             raise UserError(f"--use_tensorboard: {error}; type: pip install tensorboard, or leave the flag out") from None
         self._summary = Summary
-        purge_step = (
-            None if resume_iter is None else resume_iter + 1
-        )  # TensorBoard hides what an earlier process wrote from here on
+        # From purge_step on, TensorBoard hides what an earlier process of this run wrote.
+        purge_step = None if resume_iter is None else resume_iter + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=5)
         knobs = {name: value if isinstance(value, (bool, int, float)) else str(value) for name, value in cfg.values().items()}
         for summary in hparams(knobs, {"eval/val_loss": 0.0, "loss/train": 0.0}):
@@ -522,6 +520,7 @@ class TrainingLogger:
             self._open_file(path, run_name, resume_iter)
         except OSError as error:
             raise UserError(f"out_dir={cfg.run.out_dir}: the run log cannot be written there: {error}") from None
+        self._put_summary("running")
         self._open_sinks(out_dir, run_name, resume_iter)
 
     def report(self, startup_info: dict[str, dict[str, Any]], throughput: Throughput) -> None:
@@ -542,7 +541,7 @@ class TrainingLogger:
         if not self.active:
             return
         self._console.print(message)
-        self._file.append("events", {"kind": kind, "iter": iter, "message": message, "wall_s": self._wall_s()} | details)
+        self._keep_event(kind, iter, message, **details)
 
     def step(self, step: StepRecord) -> None:
         """Records a step that is due for it. Costs some tens of microseconds, most of them the console's."""
@@ -590,7 +589,8 @@ class TrainingLogger:
         """Shows and keeps a generated text."""
         if not self.active:
             return
-        self.event("sample", iter, f"sample at step {iter}:\n{text}", text=text)
+        self._console.print(f"sample at step {iter}:\n{text}")
+        self._keep_event("sample", iter, "generated text", text=text)
         for sink in list(self._sinks):
             self._guarded(sink, lambda sink=sink: sink.text(text, iter))
 
@@ -617,7 +617,7 @@ class TrainingLogger:
             return
         self._file = RunFile(path, values, slot_plan(self._cfg), self.line)
         if resume_iter is None:
-            self._file.append("events", {"kind": "start", "iter": 0, "message": f"run {run_name} starts", "wall_s": 0.0})
+            self._keep_event("start", 0, f"run {run_name} starts")
         else:
             self.event("resume", resume_iter, f"resumed at step {resume_iter}; the log of what follows is {path}")
 
@@ -639,20 +639,26 @@ class TrainingLogger:
                 previous = entry["iter"]
             elif section == "eval_steps":
                 self._progress.add_evaluation(entry)
+                self._wall_before_s = entry["wall_s"]
             elif section == "events" and entry["kind"] == "resume":
                 starts.append(entry["iter"])
         if draft.flush():
+            draft.path.unlink()
             raise OSError(f"no space to take over {path}")
         if VALUES[0] not in old:
             self.line(f"{path} is not a run log that this program wrote; it is kept as {set_aside([path])[0]}")
         draft.move_to(path)
         self._file = draft
-        self._wall_before_s = old.get("summary", {}).get("wall_s", 0.0)
-        self._progress.skipped_steps = old.get("summary", {}).get("skipped_steps", 0)
+        summary = old.get("summary", {})
+        self._wall_before_s = max(self._wall_before_s, summary.get("wall_s", 0.0))  # the summary is missing where it was torn
+        self._progress.skipped_steps = summary.get("skipped_steps", 0)
         changed = changed_knobs(old.get("config", {}).get("values", {}), self._cfg.values())
         notes = [f"the log goes on in {path}", f"{dropped} records beyond it were dropped" if dropped else ""]
         notes += [f"{name} was {before!r}, is {now!r}" for name, (before, now) in changed.items()]
         self.event("resume", resume_iter, f"resumed at step {resume_iter}: {'; '.join(filter(None, notes))}", changed=changed)
+
+    def _keep_event(self, kind: str, iter: int, message: str, **details: Any) -> None:
+        self._file.append("events", {"kind": kind, "iter": iter, "message": message, "wall_s": self._wall_s()} | details)
 
     def _open_sinks(self, out_dir: Path, run_name: str, resume_iter: int | None) -> None:
         if self._cfg.log.use_tensorboard:
@@ -703,7 +709,9 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
     gradients = {"global_norm": step.grad_norm}
     if step.grad_std is not None:
         gradients |= {"grad_mean": step.grad_mean, "grad_std": step.grad_std}
-    memory = {"allocated_gb": step.allocated_gb, "peak_gb": step.peak_gb, "reserved_gb": step.reserved_gb}
+    memory = None
+    if step.allocated_gb is not None:
+        memory = {name: round(getattr(step, name), 3) for name in ("allocated_gb", "peak_gb", "reserved_gb")}
     return {
         "iter": step.iter,
         "loss": step.loss,
@@ -719,7 +727,7 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
             "flops_per_token": throughput.flops_per_token,
             "tokens_per_sec": tokens_per_sec,
         },
-        "memory": None if step.allocated_gb is None else memory,
+        "memory": memory,
         "gradients": gradients,
     }
 

@@ -358,6 +358,19 @@ def test_a_closed_pipe_does_not_stop_training(tmp_path: Path) -> None:
     assert sum(line.startswith("Iter") for line in log_path(tmp_path, "x").with_suffix(".log").open()) == 1_999
 
 
+def test_a_terminal_without_unicode_does_not_stop_training(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_training_logger import *
+opened(Path({str(tmp_path)!r})).text(1, "naïve → 愛")
+"""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert "na\\xefve \\u2192 \\u611b" in done.stdout
+    assert "naïve → 愛" in log_path(tmp_path, "x").with_suffix(".log").read_text(encoding="utf-8")
+
+
 def test_an_out_dir_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out_dir"):
