@@ -37,7 +37,7 @@ def main() -> None:
     if args.run:
         run_side(args.run, args.file, args.threads)
         return
-    print(f"{'side':<34} {'MB':>7} {'threads':>7} {'median s':>9} {'MB/s':>7} {'spread %':>8} {'peak RSS MiB':>12}")
+    print(f"{'side':<34} {'MB':>7} {'threads':>7} {'median s':>9} {'MB/s':>7} {'spread %':>8} {'CPU s':>7} {'peak RSS MiB':>12}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "documents.jsonl"
         write_documents(file, int(args.megabytes * 1e6))
@@ -62,9 +62,13 @@ def report(name: str, runs: list[dict], threads: int) -> float:
     median_s = statistics.median(times_s)
     megabytes = runs[0]["text_bytes"] / 1e6
     spread_percent = 100 * (times_s[-1] - times_s[0]) / median_s
+    cpu_s = statistics.median(run["cpu_s"] for run in runs)  # what other programs on the machine hardly change
     peak_mib = max(run["peak_rss_mib"] for run in runs)
     rate = megabytes / median_s
-    print(f"{name:<34} {megabytes:>7.0f} {threads:>7} {median_s:>9.2f} {rate:>7.1f} {spread_percent:>8.1f} {peak_mib:>12.0f}")
+    print(
+        f"{name:<34} {megabytes:>7.0f} {threads:>7} {median_s:>9.2f} {rate:>7.1f} {spread_percent:>8.1f} {cpu_s:>7.2f} "
+        f"{peak_mib:>12.0f}"
+    )
     return rate
 
 
@@ -82,20 +86,20 @@ def run_side(side: str, file: Path, threads: int) -> None:
     if side == "tiktoken":
         documents = [json.loads(line)["text"] for line in file.open(encoding="utf-8")]
         text_bytes = sum(len(text.encode()) for text in documents)
-        t0_s = time.perf_counter()
+        t0_s, cpu0_s = time.perf_counter(), time.process_time()
         encoding.encode_ordinary_batch(documents, num_threads=threads)
-        elapsed_s = time.perf_counter() - t0_s
+        elapsed_s, cpu_s = time.perf_counter() - t0_s, time.process_time() - cpu0_s
     else:
         with tempfile.TemporaryDirectory(dir=file.parent) as out:
             recipe = Recipe(Path(out), "gpt2", 0.01, local_source)
-            t0_s = time.perf_counter()
+            t0_s, cpu0_s = time.perf_counter(), time.process_time()
             prepare(recipe, ["--source", str(file), "--num_proc", str(threads)])
-            elapsed_s = time.perf_counter() - t0_s
+            elapsed_s, cpu_s = time.perf_counter() - t0_s, time.process_time() - cpu0_s
             manifest = json.loads((Path(out) / "manifest.json").read_text())
             text_bytes = manifest["train"]["bytes"] + manifest["val"]["bytes"]
     status = Path("/proc/self/status").read_text()  # getrusage's peak would be the parent's, if that is higher
     peak_rss_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
-    print(json.dumps({"elapsed_s": elapsed_s, "text_bytes": text_bytes, "peak_rss_mib": peak_rss_mib}))
+    print(json.dumps({"elapsed_s": elapsed_s, "cpu_s": cpu_s, "text_bytes": text_bytes, "peak_rss_mib": peak_rss_mib}))
 
 
 def standard_library() -> list[str]:
