@@ -368,7 +368,9 @@ def step_lines(record: dict[str, Any]) -> list[str]:
     rates += [f"Achieved: {figure(mfu['achieved_tflops'])} TF"]
     if mfu["peak_tflops"] is not None:
         rates += [f"Peak: {figure(mfu['peak_tflops'])} TF"]
-    rates += [f"Tokens/s: {mfu['tokens_per_sec']:,.0f}", f"FLOPs/token: {figure(mfu['flops_per_token'] / 1e9)} GF"]
+    flops = mfu["flops_per_token"]
+    per_token = f"{flops / 1e9:.1f} GF" if flops >= 1e9 else f"{flops / 1e6:.1f} MF"
+    rates += [f"Tokens/s: {mfu['tokens_per_sec']:,.0f}", f"FLOPs/token: {per_token}"]
     time_text = f"{record['time_ms']:.{0 if record['time_ms'] >= 10 else 2}f}ms"
     first = f"Iter {record['iter']} | Loss: {record['loss']:.4f} | Time: {time_text} | LR: {record['lr']:.2e}"
     lines = [first, " | ".join(rates)]
@@ -408,7 +410,7 @@ def report_lines(info: dict[str, dict[str, Any]]) -> list[str]:
 def readable(value: Any) -> str:
     match value:
         case None:
-            return "unknown"
+            return "-"
         case bool() | str():
             return str(value)
         case int():

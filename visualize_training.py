@@ -167,8 +167,11 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(ax: Axes, run: Run, column: str, window: int, **style: Any) -> None:
-    """A column as it was logged, faint, and its moving mean, bold."""
-    x, y = run.steps["iter"], run.steps[column]
+    """A column as it was logged, faint, and its moving mean over the time of `window` records, bold."""
+    import numpy as np
+
+    measured = np.isfinite(run.steps[column])
+    x, y, window = run.steps["iter"][measured], run.steps[column][measured], max(1, round(window * measured.mean()))
     if window > 1:
         ax.plot(*thinned(x, y), color=style["color"], alpha=0.22, linewidth=0.7)
     marker = "o" if len(y) == 1 else None  # a single record makes no line
@@ -181,7 +184,7 @@ def limit_to_bulk(ax: Axes, *lines: np.ndarray) -> None:
 
     high = max(np.nanpercentile(y, 99) for y in lines if np.isfinite(y).any())
     if high > 0:
-        ax.set_ylim(0, 1.25 * high)
+        ax.set_ylim(0, 1.4 * high)  # room for a legend
 
 
 def limit_to_later(ax: Axes, *lines: tuple[np.ndarray, np.ndarray]) -> None:
@@ -308,7 +311,7 @@ def mfu_panel(ax: Axes, run: Run, window: int) -> None:
     draw(ax, run, "mfu_percent", window, color=GREEN, label="attention counted in full")
     draw(ax, run, "mfu_causal_percent", window, color=BLUE, label="attention counted causally")
     limit_to_bulk(ax, run.steps["mfu_percent"])
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper right", ncols=2)
 
 
 def rate_panel(ax: Axes, run: Run, window: int) -> None:
@@ -323,14 +326,14 @@ def time_panel(ax: Axes, run: Run, window: int) -> None:
     draw(ax, run, "time_ms", window, color=BLUE, label="step")
     draw(ax, run, "data_wait_ms", window, color=ORANGE, label="of it, waiting for data")
     limit_to_bulk(ax, run.steps["time_ms"])
-    ax.legend(loc="center right")
+    ax.legend(loc="upper right", ncols=2)
 
 
 def memory_panel(ax: Axes, run: Run, window: int) -> None:
     for name, color in (("reserved", GREY), ("peak", ORANGE), ("allocated", BLUE)):
         draw(ax, run, f"{name}_gb", 1, color=color, label=name)
     limit_to_bulk(ax, run.steps["reserved_gb"], run.steps["peak_gb"])
-    ax.legend(loc="lower right", ncols=3)
+    ax.legend(loc="upper right", ncols=3)
 
 
 def norm_panel(ax: Axes, run: Run, window: int) -> None:
