@@ -308,8 +308,8 @@ def lr_panel(ax: Axes, run: Run, window: int) -> None:
 
 
 def mfu_panel(ax: Axes, run: Run, window: int) -> None:
-    draw(ax, run, "mfu_percent", window, color=GREEN, label="attention counted in full")
-    draw(ax, run, "mfu_causal_percent", window, color=BLUE, label="attention counted causally")
+    draw(ax, run, "mfu_percent", window, color=GREEN, label="full attention")
+    draw(ax, run, "mfu_causal_percent", window, color=BLUE, label="causal attention")
     limit_to_bulk(ax, run.steps["mfu_percent"])
     ax.legend(loc="upper right", ncols=2)
 
