@@ -138,7 +138,9 @@ class CheckpointStore:
         self._host = host
         return host
 
-    def _write(self, about: dict, tensors: dict[str, torch.Tensor], state: str, tiers: tuple[str, ...], t0_s: float) -> None:
+    def _write(
+        self, about: dict[str, Any], tensors: dict[str, torch.Tensor], state: str, tiers: tuple[str, ...], t0_s: float
+    ) -> None:
         """The writer thread: one checkpoint under every name of `tiers`."""
         needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + len(state)
         try:
@@ -164,7 +166,8 @@ class CheckpointStore:
             self._reports.put(error)
 
     def _describe(self, error: OSError, iter: int, needed_bytes: int) -> str:
-        _clean_up(self._root)
+        with contextlib.suppress(OSError):  # makes room again, where the disk lets us
+            _clean_up(self._root)
         what = f"checkpoint of step {iter} not saved in {self._root}: {error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free_bytes = shutil.disk_usage(self._root).free
@@ -446,9 +449,7 @@ def find_checkpoint(out_dir: str | Path, which: str, on_warning: Callable[[str],
         except _DamagedError as error:
             on_warning(f"checkpoint {folder} is damaged ({error}); looking for the next newest whole one")
     if folders:
-        raise UserError(
-            f"none of the {len(folders)} checkpoints in {folders[0].parent} is whole; to start from scratch, move them away"
-        )
+        raise UserError(f"no checkpoint in {folders[0].parent} is whole; to start from scratch, move them away")
     return None
 
 
@@ -557,29 +558,28 @@ def _size(manifest: dict[str, Any]) -> int:
     return sum(entry["bytes"] for entry in manifest["files"].values())
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's .metadata; builds its plain records and nothing else, so that no code of the file's choice can run."""
+# All that DCP's metadata of tensors is made of, but for dtypes.
+METADATA_CLASSES = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata")),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in ("ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),  # looks up torch.strided and its like by name
+}
 
-    ALLOWED = {  # noqa: RUF012
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "MetadataIndex",
-            "_MEM_FORMAT_ENCODING",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch": {"Size"},
-        "torch.serialization": {"_get_layout"},  # a look-up of torch.strided and its like by name
-    }
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds plain records of tensors and nothing else, so that no code of the file's choice can run."""
 
     def find_class(self, module: str, name: str) -> Any:
         import torch
 
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if name not in self.ALLOWED.get(module, ()):
+        if (module, name) not in METADATA_CLASSES:
             raise _DamagedError(f".metadata asks for {module}.{name}, which no checkpoint needs")
         return super().find_class(module, name)
 
