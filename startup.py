@@ -1,4 +1,4 @@
-"""What a run settles before its first step: its place on disk, what it resumes, and the start report.
+"""What a run settles before its first step: what moves in it, its place on disk, what it resumes, and the start report.
 
 Each function here either finds everything in order or raises UserError, before any work is done.
 """
@@ -13,20 +13,32 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from checkpoint import Checkpoint, check_compatible, check_free_space, find_checkpoint, lock_out_dir, set_aside
+from checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    check_compatible,
+    check_free_space,
+    find_checkpoint,
+    lock_out_dir,
+    set_aside,
+)
 from configurator import Config, UserError
 from data.loader import SampleOrder
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from model import Transformer
+from optim import optimizer_tensors
 from parallel import Ranks, device_name, random_state, set_random_state
-from precision import autocast
-from training_logger import Throughput, new_run_name
+from precision import LossScale, autocast
+from training_logger import Throughput, TrainingLogger, new_run_name
 
 NOT_SHAPE = ("dropout", "gradient_checkpointing")  # model knobs that a resumed run may change
 
@@ -37,6 +49,53 @@ def with_vocabulary(cfg: Config, dataset: Dataset) -> Config:
     if vocab_size < dataset.vocab_size:
         raise UserError(f"--vocab_size={vocab_size}: {dataset.name} has {dataset.vocab_size:,} ids; pass at least that, or 0")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+
+@dataclass
+class TrainState:
+    """Everything that moves during training: `tensors` and `to_json` are a checkpoint's content, `restore` their inverse."""
+
+    model: nn.Module
+    optimizer: torch.optim.AdamW
+    loss_scale: LossScale
+    ranks: Ranks
+    run_name: str
+    step: int = 0  # finished steps
+    samples: int = 0  # sequences they have read: the position in the global sample order
+    evaluated_step: int = -1
+    best_val_loss: float | None = None
+    skipped: int = 0  # steps with a gradient that was not finite
+    skipped_in_a_row: int = 0
+
+    COUNTERS = ("step", "samples", "evaluated_step", "best_val_loss", "skipped", "skipped_in_a_row")
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.model.cfg.block_size
+
+    def tensors(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | optimizer_tensors(self.model, self.optimizer) | self.loss_scale.tensors()
+
+    def to_json(self, cfg: Config, dataset: Dataset) -> dict[str, Any]:
+        return {
+            "run_name": self.run_name,
+            "val_loss": self.best_val_loss,
+            "counters": {name: getattr(self, name) for name in self.COUNTERS},
+            "rng": {str(self.ranks.rank): random_state(self.ranks.device)},
+            "config": {"values": cfg.values(), "origins": cfg.origins},
+            **identity(cfg, dataset),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError where the checkpoint is of another model."""
+        # A run may go on in another dtype: a loss scale that was not saved starts afresh, one that is not needed is dropped.
+        unused_scale = LossScale(torch.float16, self.ranks.device).tensors()
+        tensors, saved = unused_scale | self.tensors(), checkpoint.metadata.state_dict_metadata
+        checkpoint.load({name: t for name, t in tensors.items() if name in saved or name not in unused_scale})
+        for name in self.COUNTERS:
+            setattr(self, name, checkpoint.state["counters"][name])
+        set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
 
 
 def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -61,20 +120,53 @@ def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Chec
             raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
         else:
             notes.append(f"nothing saved in {out_dir} yet: starting from scratch")
-    if writes and not checkpoint:
-        notes.append(set_aside(out_dir) or "")
-    if writes:
-        notes.append(check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint) or "")
-    return checkpoint, [line for line in notes if line]
+    if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint)):
+        notes.append(warning)
+    return checkpoint, notes
+
+
+def in_latest(checkpoint: Checkpoint | None) -> tuple[int, int] | None:
+    """(finished steps, last evaluated step) of what `latest` holds, if it was resumed; another tier still has to become it."""
+    if checkpoint is None or checkpoint.path.name != "latest":
+        return None
+    return checkpoint.iter, checkpoint.state["counters"]["evaluated_step"]
+
+
+def open_store(cfg: Config, log: TrainingLogger, from_scratch: bool) -> CheckpointStore:
+    """The run's checkpoints. A run from scratch sets another's aside: only now, when nothing can be refused any more."""
+    out_dir = Path(cfg.run.out_dir)
+    if from_scratch and not cfg.eval.eval_only and (line := set_aside(out_dir)):
+        log.line(line)
+    return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a text sample continues."""
+
+    tokenizer: Tokenizer
+    ids: list[int]
+
+
+def load_prompt(cfg: Config, dataset: Dataset) -> Prompt | None:
+    """The prompt of text samples, where they are asked for; what is wrong with it is said now and not at the first sample."""
+    if cfg.eval.sample_interval == 0 or cfg.eval.eval_only:
+        return None
+    tokenizer, text = load_tokenizer(dataset), cfg.eval.sample_prompt
+    try:
+        ids = tokenizer.encode(text)
+    except UserError as error:
+        raise UserError(f"--sample_prompt={text!r}: {error}; pass another prompt, or --sample_interval=0") from None
+    if not ids:
+        raise UserError(f"--sample_prompt={text!r}: needs at least one token to continue; or pass --sample_interval=0")
+    return Prompt(tokenizer, ids)
 
 
 def run_name_of(cfg: Config, checkpoint: Checkpoint | None) -> str:
     """The name given, else the resumed run's, else the time; an evaluation has a log of its own."""
-    if cfg.run.run_name:
-        return cfg.run.run_name
     if cfg.eval.eval_only:
-        return f"eval_{new_run_name()}"
-    return checkpoint.state["run_name"] if checkpoint else new_run_name()
+        return f"eval_{cfg.run.run_name or new_run_name()}"
+    return cfg.run.run_name or (checkpoint.state["run_name"] if checkpoint else new_run_name())
 
 
 def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Callable[[str], None]) -> Callable[..., torch.Tensor]:
@@ -105,7 +197,9 @@ def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype
     """(what the run is, for the console and the log; what turns its step times into MFU)."""
     full, causal = flops_per_token(cfg.model), flops_per_token(cfg.model, causal=True)
     name, precision = device_name(ranks.device), str(dtype).removeprefix("torch.")
-    peak = peak_tflops(name, precision) if ranks.device.type == "cuda" else None
+    peak = None
+    if ranks.device.type == "cuda":  # float32 products run on tensor cores as TF32, where there are such (choose_device)
+        peak = (peak_tflops(name, "tf32") if dtype == torch.float32 else None) or peak_tflops(name, precision)
     factors = (cfg.data.batch_size, cfg.data.gradient_accumulation_steps, cfg.model.block_size)
     tokens_per_step = math.prod(factors)
     info = {
@@ -132,6 +226,17 @@ def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype
         "software": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
     }
     return info, Throughput(full, causal, peak and peak * ranks.world_size, tokens_per_step)
+
+
+def marker_lines(info: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of the start report that other tools look for."""
+    hardware, precision = info["hardware"], info["training"]["precision"].split(",")[0]
+    lines = [f"number of parameters: {info['model']['parameters'] / 1e6:.2f}M"]
+    if hardware["peak_tflops"]:
+        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[precision]
+        name = hardware["device"].removeprefix("NVIDIA ")
+        lines.append(f"Hardware peak: {hardware['peak_tflops']:g} TFLOPS ({name} {short})")
+    return lines
 
 
 def model_info(cfg: Config, full: float, causal: float) -> dict[str, Any]:
@@ -179,18 +284,24 @@ def gpu_memory_gb(device: torch.device) -> float | None:
     return round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if device.type == "cuda" else None
 
 
-def out_of_memory_help(cfg: Config, error: BaseException) -> str:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory_help(cfg: Config, error: RuntimeError) -> str:
     """Where the memory went, and the knobs that need less. The vocabulary may still be unknown: then it counts as GPT-2's."""
     model = cfg.model if cfg.model.vocab_size else dataclasses.replace(cfg.model, vocab_size=50_304)
     n = count_parameters(model).total
-    total_gb = gpu_memory_gb(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
-    peak_gb = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
     rows = [("weights, float32", 4 * n / 1e9), ("gradients, float32", 4 * n / 1e9), ("AdamW's two moments, float32", 8 * n / 1e9)]
-    rows.append(("activations and the rest, at the peak", max(0.0, peak_gb - 16 * n / 1e9)))
+    if isinstance(error, torch.OutOfMemoryError):  # a GPU's
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        rows.append(("activations and the rest, at the peak", max(0.0, peak_gb - 16 * n / 1e9)))
+        rows.append(("in use at the peak", peak_gb))
+        rows.append(("memory of the GPU", torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9))
     table = "\n".join(f"  {name:40s} {gb:8.2f} GB" for name, gb in rows)
     half, double = max(1, cfg.data.batch_size // 2), 2 * cfg.data.gradient_accumulation_steps
     return (
-        f"out of memory ({total_gb} GB on the GPU, {peak_gb:.2f} GB in use at the peak): {str(error).splitlines()[0]}\n{table}\n"
+        f"out of memory: {str(error).splitlines()[0]}\n{table}\n"
         f"What needs less: --batch_size={half} --gradient_accumulation_steps={double} (the same tokens a step), "
-        f"--gradient_checkpointing, a shorter --block_size (now {cfg.model.block_size:,})"
+        f"--gradient_checkpointing, a shorter --block_size (now {cfg.model.block_size:,}), fewer or narrower layers"
     )

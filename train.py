@@ -17,22 +17,21 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from checkpoint import Checkpoint, CheckpointStore
+import startup
+from checkpoint import CheckpointStore
 from data.loader import Loader, SampleOrder, evaluation_batches
-from data.tokenizer import load_tokenizer
 from data.tokens import Dataset, load_dataset
 from model import SampleOptions, Transformer, generate
-from optim import build_optimizer, describe_groups, learning_rate, optimizer_tensors, update
-from parallel import Ranks, ReadBack, StopRequest, memory_gb, random_state, set_random_state, start_ranks
+from optim import build_optimizer, describe_groups, learning_rate, update
+from parallel import ReadBack, StopRequest, memory_gb, start_ranks
 from precision import LossScale, autocast, choose_dtype
-from startup import claim_out_dir, compile_model, identity, out_of_memory_help, run_name_of, start_report, with_vocabulary
+from startup import Prompt, TrainState
 from training_logger import StepRecord, TrainingLogger
 
 EXIT_NON_FINITE, EXIT_OUT_OF_MEMORY = 3, 4
@@ -50,8 +49,10 @@ def main(argv: list[str]) -> int:
     except NonFiniteRun as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NON_FINITE
-    except torch.OutOfMemoryError as error:
-        print(f"error: {out_of_memory_help(cfg, error)}", file=sys.stderr)
+    except RuntimeError as error:
+        if not startup.is_out_of_memory(error):
+            raise
+        print(f"error: {startup.out_of_memory_help(cfg, error)}", file=sys.stderr)
         return EXIT_OUT_OF_MEMORY
 
 
@@ -64,11 +65,12 @@ def train(cfg: Config, stack: ExitStack) -> int:
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
     dataset = load_dataset(cfg.data, cfg.model.block_size)
-    cfg = with_vocabulary(cfg, dataset)
+    cfg = startup.with_vocabulary(cfg, dataset)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
-    checkpoint, notes = claim_out_dir(cfg, dataset, stack)
+    prompt = startup.load_prompt(cfg, dataset)
+    checkpoint, notes = startup.claim_out_dir(cfg, dataset, stack)
 
-    # 3. Model: shapes on meta, then storage and initialisation, then compile.
+    # 3. Model: shapes on meta, then storage and initialisation, then (below, with a log to say so) compile.
     with torch.device("meta"):
         model = Transformer(cfg.model)
     model.to_empty(device=ranks.device).init_weights(cfg.run.seed)
@@ -77,89 +79,28 @@ def train(cfg: Config, stack: ExitStack) -> int:
     optimizer = build_optimizer(model, cfg.optim)
 
     # 5. Resume: everything that moves is tracked by one object, so everything is restored.
-    state = TrainState(model, optimizer, LossScale(dtype, ranks.device), ranks, run_name_of(cfg, checkpoint))
+    state = TrainState(model, optimizer, LossScale(dtype, ranks.device), ranks, startup.run_name_of(cfg, checkpoint))
     if checkpoint:
         state.restore(checkpoint)
     loader = Loader(dataset.train, order, cfg.data, ranks.device, ranks.rank, ranks.world_size, state.samples)
+    stack.callback(loader.close)
 
     # 6. Logger: the start report, then one record a logged step. Rank 0 writes, the others are silent.
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
     log = TrainingLogger(cfg, state.run_name, resume_iter, active=ranks.is_main)
-    log.report(*start_report(cfg, dataset, ranks, dtype))
-    for line in [*describe_groups(optimizer), *notes]:
+    stack.push(lambda kind, error, _: log.close(f"{kind.__name__}: {error}" if kind else stop.reason or "finished"))
+    info, throughput = startup.start_report(cfg, dataset, ranks, dtype)
+    log.report(info, throughput)
+    for line in [*startup.marker_lines(info), *describe_groups(optimizer), *notes]:
         log.line(line)
-    store = CheckpointStore(Path(cfg.run.out_dir), cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line)
+    forward = startup.compile_model(model, cfg, dtype, log.line)
+    store = startup.open_store(cfg, log, from_scratch=checkpoint is None)
+    stack.callback(store.close)  # waits until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
-    forward = compile_model(model, cfg, dtype, log.line)
-    run = Run(
-        cfg,
-        dataset,
-        order,
-        dtype,
-        state,
-        loader,
-        forward,
-        log,
-        store,
-        ReadBack(ranks.device),
-        stop,
-        state.step if checkpoint else -1,
-    )
-    try:
-        loop(run)
-        store.wait()
-        log.close(stop.reason or "finished")
-    except BaseException as error:
-        log.close(f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        loader.close()
-        store.close()
+    readback, in_latest = ReadBack(ranks.device), startup.in_latest(checkpoint)
+    loop(Run(cfg, dataset, order, dtype, state, loader, forward, log, store, readback, stop, prompt, in_latest))
     return stop.exit_code
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What moves, and the parts that move it
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainState:
-    """Everything that moves during training: `tensors` and `to_json` are a checkpoint's content, `restore` their inverse."""
-
-    model: nn.Module
-    optimizer: torch.optim.AdamW
-    loss_scale: LossScale
-    ranks: Ranks
-    run_name: str
-    step: int = 0  # finished steps
-    samples: int = 0  # sequences they have read: the position in the global sample order
-    evaluated_step: int = -1
-    best_val_loss: float | None = None
-    skipped: int = 0  # steps with a gradient that was not finite
-    skipped_in_a_row: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.model.cfg.block_size
-
-    def tensors(self) -> dict[str, Tensor]:
-        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return weights | optimizer_tensors(self.model, self.optimizer) | self.loss_scale.tensors()
-
-    def to_json(self) -> dict[str, Any]:
-        counters = {name: getattr(self, name) for name in COUNTERS}
-        return {"run_name": self.run_name, "counters": counters, "rng": {str(self.ranks.rank): random_state(self.ranks.device)}}
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        checkpoint.load(self.tensors())
-        for name in COUNTERS:
-            setattr(self, name, checkpoint.state["counters"][name])
-        set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank)), self.ranks.device)
-
-
-COUNTERS = ("step", "samples", "evaluated_step", "best_val_loss", "skipped", "skipped_in_a_row")
 
 
 @dataclass
@@ -177,38 +118,33 @@ class Run:
     store: CheckpointStore
     readback: ReadBack
     stop: StopRequest
-    saved_step: int  # when `latest` was last written; at the start, what was resumed
-    saved_s: float = 0.0
-    epoch_step: int = 0  # when an epoch_N checkpoint was last written
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
+    prompt: Prompt | None  # of text samples, where they are asked for
+    in_latest: tuple[int, int] | None  # what `latest` holds: finished steps, and the last of them that was evaluated
+    saved_s: float = field(default_factory=time.monotonic)  # when `latest` was last written
 
 
 def loop(run: Run) -> None:
     """Step until max_iters or a stop request; after each step evaluate, sample and save what is due."""
     cfg, state = run.cfg, run.state
-    run.saved_s, run.epoch_step = time.monotonic(), state.step
     if cfg.eval.eval_only:
         evaluate(run)
         return
-    if evaluate_if_due(run) and state.step > 0:  # at step 0; after a resume the evaluation that a stop cut short
-        save(run, ["best_model"])
+    improved = evaluate_if_due(run)  # at step 0; after a resume the evaluation that a stop cut short
+    if state.step > 0 and run.in_latest != (state.step, state.evaluated_step):
+        save(run, ["latest", "best_model"] if improved else ["latest"])
     run.readback.restart_clock()
     while state.step < cfg.optim.max_iters and not run.stop:
         epoch = run.order.epoch(state.samples)
         train_step(run)
         report_steps(run, keep=run.readback.depth)
         improved = evaluate_if_due(run)
-        if due(state.step, cfg.eval.sample_interval):
-            draw_sample(run)
+        if run.prompt and due(state.step, cfg.eval.sample_interval) and not run.stop:
+            draw_sample(run, run.prompt)
         if tiers := tiers_due(run, improved, epoch):
             save(run, tiers)
         run.store.poll()
     report_steps(run, keep=0)
-    if state.step != run.saved_step:
+    if run.in_latest != (state.step, state.evaluated_step):
         save(run, ["latest"])
 
 
@@ -290,7 +226,7 @@ def evaluate(run: Run) -> bool:
     run.log.evaluation(state.step, train_loss, val_loss, bits_per_byte, learning_rate(state.step, run.cfg.optim), state.tokens)
     run.readback.restart_clock()
     state.evaluated_step = state.step
-    improved = state.best_val_loss is None or val_loss < state.best_val_loss
+    improved = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
     if improved:
         state.best_val_loss = val_loss
     return improved
@@ -313,35 +249,39 @@ def split_loss(run: Run, tokens: Any, iters: int) -> float | None:
     return (total[0] / total[1]).item()
 
 
-def draw_sample(run: Run) -> None:
+def draw_sample(run: Run, prompt: Prompt) -> None:
     """Log a continuation of `sample_prompt`; a generator of its own keeps it from moving the run's random numbers."""
-    state, cfg = run.state, run.cfg
-    tokenizer = load_tokenizer(run.dataset)
-    generator = torch.Generator(state.ranks.device).manual_seed(cfg.run.seed)
-    prompt = torch.tensor([tokenizer.encode(cfg.eval.sample_prompt)], device=state.ranks.device)  # (1, T)
+    state, cfg, device = run.state, run.cfg, run.state.ranks.device
+    generator = torch.Generator(device).manual_seed(cfg.run.seed)
     options = SampleOptions(temperature=0.8, top_k=200, n_valid_ids=run.dataset.vocab_size)
-    with autocast(state.ranks.device, run.dtype):
-        text = generate(state.model, prompt, cfg.eval.sample_tokens, options, generator)
-    run.log.text(state.step, tokenizer.decode(text[0].tolist()))
+    with autocast(device, run.dtype):
+        ids = generate(
+            state.model, torch.tensor([prompt.ids], device=device), cfg.eval.sample_tokens, options, generator
+        )  # (1, T)
+    run.log.text(state.step, prompt.tokenizer.decode(ids[0].tolist()))
     run.readback.restart_clock()
 
 
 def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:
     """The checkpoints that are due after this step; `epoch_before` is the data's epoch before it."""
-    cfg, state, tiers = run.cfg.checkpoint, run.state, []
-    minutes = (time.monotonic() - run.saved_s) / 60
+    cfg, step, tiers = run.cfg.checkpoint, run.state.step, []
     if improved:
         tiers.append("best_model")
-    if cfg.always_save_checkpoint:
-        if due(state.step, cfg.checkpoint_interval) or (cfg.checkpoint_minutes and minutes >= cfg.checkpoint_minutes):
-            tiers.append("latest")
-        if due(state.step, cfg.rolling_interval) and cfg.keep_rolling:
-            tiers.append(f"rolling_step_{state.step}")
-        epoch = run.order.epoch(state.samples)
-        # On a small corpus an epoch may take a few steps: epochs closer together than checkpoint_interval are passed over.
-        if epoch > epoch_before and cfg.keep_epochs and state.step - run.epoch_step >= cfg.checkpoint_interval:
-            run.epoch_step = state.step
-            tiers.append(f"epoch_{epoch}")
+    if not cfg.always_save_checkpoint:
+        return tiers
+    minutes = (time.monotonic() - run.saved_s) / 60
+    if due(step, cfg.checkpoint_interval) or (cfg.checkpoint_minutes and minutes >= cfg.checkpoint_minutes):
+        tiers.append("latest")
+    if due(step, cfg.rolling_interval) and cfg.keep_rolling:
+        tiers.append(f"rolling_step_{step}")
+    # On a small corpus an epoch may take a few steps: then only every so many epochs that checkpoint_interval steps lie between.
+    epoch, samples_per_step = (
+        run.order.epoch(run.state.samples),
+        run.cfg.data.batch_size * run.cfg.data.gradient_accumulation_steps,
+    )
+    every = max(1, math.ceil(cfg.checkpoint_interval * samples_per_step / run.order.samples_per_epoch))
+    if epoch // every > epoch_before // every and cfg.keep_epochs:
+        tiers.append(f"epoch_{epoch}")
     return tiers
 
 
@@ -350,9 +290,8 @@ def save(run: Run, tiers: list[str]) -> None:
     report_steps(run, keep=0)  # the counters of skipped steps are in the checkpoint
     state = run.state
     if "latest" in tiers:
-        run.saved_step, run.saved_s = state.step, time.monotonic()
-    about = {"config": {"values": run.cfg.values(), "origins": run.cfg.origins}, **identity(run.cfg, run.dataset)}
-    run.store.save(state.step, state.tensors(), state.to_json() | about | {"val_loss": state.best_val_loss}, tiers)
+        run.in_latest, run.saved_s = (state.step, state.evaluated_step), time.monotonic()
+    run.store.save(state.step, state.tensors(), state.to_json(run.cfg, run.dataset), tiers)
     run.readback.restart_clock()
 
 
