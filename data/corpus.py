@@ -37,7 +37,9 @@ FORMAT = 1  # counts up whenever the same source and options give other files
 BPE_SAMPLE_CHARS = 16 << 20  # of the train split, to train a tokenizer on
 JOURNAL_INTERVAL_S = 5.0  # work that a kill can cost
 HASH_BYTES = 1 << 20
+DATASET_FILES = ("train.bin", "val.bin", "manifest.json", "meta.pkl", "tokenizer.json", "tokenizer.model")
 
+SOURCE_HELP = "a file or folder in place of the download: text, .jsonl or .parquet with a field text, also as .gz or .zst"
 TOKENIZER_HELP = (
     "gpt2, characters, bpe:N (trained on the source), a tokenizer.json, a SentencePiece .model, a folder with one, or a hub name"
 )
@@ -82,20 +84,20 @@ class Progress:
 class Journal:
     """How far a preparation has come; on disk it never runs ahead of the files it speaks of."""
 
-    recipe: str
+    digest: str  # the job's
     documents: int = 0  # done, of both splits
     pieces: int = 0  # done, of the next document
     splits: dict[str, Progress] = field(default_factory=lambda: {split: Progress() for split in SPLITS})
 
     @classmethod
-    def read(cls, path: Path, recipe: str) -> Journal:
-        """The journal at `path`, or an empty one where that is missing, torn or of another recipe."""
+    def read(cls, path: Path, digest: str) -> Journal:
+        """The journal at `path`, or an empty one where that is missing, torn or another job's."""
         try:
             journal = cls(**json.loads(path.read_text(encoding="utf-8")))
             journal.splits = {split: Progress(**journal.splits[split]) for split in SPLITS}
         except (OSError, ValueError, TypeError, KeyError):
-            return cls(recipe)
-        return journal if journal.recipe == recipe else cls(recipe)
+            return cls(digest)
+        return journal if journal.digest == digest else cls(digest)
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,11 @@ class Job:
     def itemsize(self) -> int:
         return DTYPES[self.dtype].itemsize
 
-    def recipe(self) -> str:
-        """Digest of all that decides what the files hold; the number of threads does not."""
+    def digest(self) -> str:
+        """Of all that decides what the files hold; the number of threads does not."""
         tokenizer = (self.tokenizer.hash, self.tokenizer.eot_id)
-        return hashlib.sha256(
-            repr((FORMAT, self.source.identity(), tokenizer, self.val_fraction, self.limit)).encode()
-        ).hexdigest()
+        made_from = (FORMAT, self.source.identity(), tokenizer, self.val_fraction, self.limit)
+        return hashlib.sha256(repr(made_from).encode()).hexdigest()
 
 
 def prepare(recipe: Recipe, argv: list[str]) -> int:
@@ -150,7 +151,7 @@ def prepare(recipe: Recipe, argv: list[str]) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full: make room for {out}; the same command goes on where it was") from error
-        raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from error
+        raise UserError(f"cannot read or write {error.filename or out}: {error.strerror}") from error
 
 
 def _parse(recipe: Recipe, argv: list[str]) -> argparse.Namespace:
@@ -159,15 +160,16 @@ def _parse(recipe: Recipe, argv: list[str]) -> argparse.Namespace:
         description="Writes train.bin, val.bin, meta.pkl and manifest.json. A stopped preparation goes on where it was.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--source", type=Path, help=SOURCE_HELP)
+    if recipe.full_source:
+        source.add_argument("--full", action="store_true", help="the whole 627B-token set in place of the 6B sample")
     add = parser.add_argument
-    add("--source", type=Path, help="a file or folder in place of the download: text, .jsonl or .parquet (field text), .gz, .zst")
     add("--tokenizer", default=recipe.tokenizer, help=TOKENIZER_HELP)
     add("--val_fraction", type=float, default=recipe.val_fraction, help=VAL_FRACTION_HELP)
     add("--limit", type=int, help="take only so many documents")
     add("--num_proc", type=int, default=os.cpu_count(), help="threads; the files are the same for any number")
     add("--out", type=Path, default=recipe.folder, help="folder to write to")
-    if recipe.full_source:
-        add("--full", action="store_true", help="the whole 627B-token set in place of the 6B sample")
     args = parser.parse_args(argv)
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val_fraction={args.val_fraction}: it must lie between 0 and 1, such as 0.01")
@@ -196,13 +198,13 @@ def _plan(recipe: Recipe, args: argparse.Namespace, out: Path) -> Job:
         make_source = recipe.full_source if recipe.full_source and args.full else recipe.source
         source = make_source(out, args.val_fraction)
     kind, _, size = args.tokenizer.partition(":")
-    texts = (piece for piece in _pieces(source, args.val_fraction, args.limit))
+    pieces = _pieces(source, args.val_fraction, args.limit)
     if kind == "characters":
-        tokenizer: Tokenizer = CharacterTokenizer.of_texts(piece.text for piece in texts)
+        tokenizer: Tokenizer = CharacterTokenizer.of_texts(piece.text for piece in pieces)
     elif kind == "bpe":
         if not size.isdigit() or int(size) < 257:
             raise UserError(f"--tokenizer={args.tokenizer}: bpe:N takes a number of entries from 257 on, such as bpe:4096")
-        tokenizer = train_bpe(int(size), _sample(piece.text for piece in texts if piece.split == "train"))
+        tokenizer = train_bpe(int(size), _sample(piece.text for piece in pieces if piece.split == "train"))
     else:
         tokenizer = open_tokenizer(args.tokenizer)
     return Job(source, tokenizer, args.val_fraction, args.limit, args.num_proc, out)
@@ -224,7 +226,7 @@ def _is_prepared(job: Job) -> bool:
     except (UserError, OSError):
         return False
     n_bytes = [split.tokens * DTYPES[manifest.dtype].itemsize for split in (manifest.train, manifest.val)]
-    return manifest.recipe == job.recipe() and sizes == n_bytes
+    return manifest.digest == job.digest() and sizes == n_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,9 +302,9 @@ def _tokenize(job: Job, journal: Journal) -> None:
                 journal.splits[split].add(added)
                 bar.update(added.bytes)
             for piece in batch:
-                journal.documents, journal.pieces = (
-                    (journal.documents + 1, 0) if piece.last else (journal.documents, journal.pieces + 1)
-                )
+                journal.pieces += 1
+                if piece.last:
+                    journal.documents, journal.pieces = journal.documents + 1, 0
             if time.monotonic() - saved_s > JOURNAL_INTERVAL_S:
                 _save(job, journal, files)
                 saved_s = time.monotonic()
@@ -329,12 +331,12 @@ def _in_order(
 
 
 def _resume(job: Job) -> Journal:
-    """The journal of a stopped preparation of the same recipe, or an empty one."""
-    journal = Journal.read(job.parts / "journal.json", job.recipe())
+    """The journal of the same job, stopped before, or an empty one."""
+    journal = Journal.read(job.parts / "journal.json", job.digest())
     for split, progress in journal.splits.items():
         part = job.parts / f"{split}.bin"
         if progress.tokens and (not part.exists() or part.stat().st_size < progress.tokens * job.itemsize):
-            return Journal(job.recipe())
+            return Journal(job.digest())
     if journal.documents or journal.pieces:
         print(f"going on behind {journal.documents:,} documents")
     return journal
@@ -373,7 +375,7 @@ def _publish(job: Job, journal: Journal) -> None:
         split: SplitManifest(progress.tokens, progress.bytes, progress.documents, _sha256(job.parts / f"{split}.bin"))
         for split, progress in journal.splits.items()
     }
-    for name in ("train.bin", "val.bin", "manifest.json", "meta.pkl", "tokenizer.json", "tokenizer.model"):
+    for name in DATASET_FILES:
         (job.out / name).unlink(missing_ok=True)
     job.tokenizer.save(job.out)
     Manifest(
@@ -383,11 +385,12 @@ def _publish(job: Job, journal: Journal) -> None:
         tokenizer_hash=job.tokenizer.hash,
         eot_id=job.tokenizer.eot_id,
         source=job.source.name,
-        recipe=job.recipe(),
+        digest=job.digest(),
         **manifests,
     ).write(job.out / "manifest.json")
-    for path in job.out.glob("*.*"):
-        _sync(path)
+    for name in DATASET_FILES:
+        if (job.out / name).exists():
+            _sync(job.out / name)
     for split in ("val", "train"):
         (job.parts / f"{split}.bin").replace(job.out / f"{split}.bin")
     _sync(job.out)

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -95,39 +96,31 @@ class HubSource:
         return f"hub:{self.name}"
 
     def documents(self, skip: int, limit: int | None) -> Iterator[Document]:
-        parts = self._load()
-        splits: dict[str, Split | None] = {"train": None}
-        if "validation" in parts:
-            splits = {"validation": "val", "train": "train"}
-        for name, split in splits.items():
-            rows = parts[name]
-            if limit is not None:
-                rows = rows.take(limit if self.streaming else min(limit, len(rows)))
-            first = 0
-            if not self.streaming:  # the rows are on this disk: no need to read those that are done
-                first = min(skip, len(rows))
-                skip -= first
-                if first == len(rows):
-                    continue
-                rows = rows.select(range(first, len(rows)))
-            for number, row in enumerate(rows, first):
-                if skip:
-                    skip -= 1
-                else:
-                    yield Document(str(number), cut_pieces(_row_text(row["text"] or "")), split)
+        advice = "check the network, or pass --source with a local file or folder of text, .jsonl or .parquet"
+        with _reading(f"{self.name} of the Hugging Face hub", advice):
+            parts = self._load()
+            splits: dict[str, Split | None] = {"train": None}
+            if "validation" in parts:
+                splits = {"validation": "val", "train": "train"}
+            for name, split in splits.items():
+                rows, first = parts[name], 0
+                if limit is not None:
+                    rows = rows.take(limit if self.streaming else min(limit, len(rows)))
+                if not self.streaming:  # the rows are on this disk: no need to read those that are done
+                    first = min(skip, len(rows))
+                    skip -= first
+                    rows = rows.select(range(first, len(rows))) if first < len(rows) else ()
+                for number, row in enumerate(rows, first):
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield Document(str(number), cut_pieces(_row_text(row["text"] or "")), split)
 
     def _load(self) -> Any:
         go_offline_without_network()
         import datasets
 
-        try:
-            return datasets.load_dataset(self.name, streaming=self.streaming).select_columns(["text"])
-        except Exception as error:  # the library raises its own, the hub's, the network's and the disk's errors
-            cause = str(error).strip().split("\n")[0][:200]
-            raise UserError(
-                f"cannot get {self.name} from the Hugging Face hub: check the network, or pass --source with a local file "
-                f"or folder of text, .jsonl or .parquet\n({cause})"
-            ) from error
+        return datasets.load_dataset(self.name, streaming=self.streaming).select_columns(["text"])
 
 
 def local_source(path: Path, val_fraction: float) -> FileSource:
@@ -149,7 +142,7 @@ def web_text(url: str, path: Path, val_fraction: float) -> FileSource:
         try:
             with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT_S) as response:
                 text = response.read()
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise UserError(f"cannot download {url}: check the network, or pass --source with a local copy\n({error})") from error
         partial = path.with_suffix(".partial")
         partial.write_bytes(text)
@@ -181,12 +174,13 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong in a reader is the file's fault, and the user's to know."""
+def _reading(what: Path | str, advice: str = "") -> Iterator[None]:
+    """Whatever goes wrong in a reader is the source's fault, and the user's to know."""
     try:
         yield
-    except Exception as error:  # decoders, decompressors, pyarrow and the disk each have their own
-        raise UserError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # decoders, pyarrow, the hub's libraries, the network and the disk each have their own
+        cause = str(error).strip().split("\n")[0][:300]
+        raise UserError(f"cannot read {what}: {advice}\n({cause})" if advice else f"cannot read {what}: {cause}") from error
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -272,7 +272,7 @@ def _load(load: Callable[[], T], what: str) -> T:
 
 def _count_prefix(tokenizer: Tokenizer) -> int:
     """LLaMA's tokenizers put a word-start before every text: count what a lone line break has beyond one behind a letter."""
-    return len(tokenizer.encode("\n")) - (len(tokenizer.encode("a\n")) - len(tokenizer.encode("a")))
+    return max(0, len(tokenizer.encode("\n")) - (len(tokenizer.encode("a\n")) - len(tokenizer.encode("a"))))
 
 
 def _read(path: Path) -> bytes:

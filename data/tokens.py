@@ -48,7 +48,7 @@ class Manifest:
     tokenizer_hash: str
     eot_id: int | None  # follows every document
     source: str  # for people
-    recipe: str  # digest of source and options: the same recipe gives the same files
+    digest: str  # of source and options: where it is the same, so are the files
     train: SplitManifest
     val: SplitManifest
     format_version: int = FORMAT_VERSION

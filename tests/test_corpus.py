@@ -53,7 +53,7 @@ def dataset(folder: Path):
 
 
 def what_files_hold(manifest: dict) -> dict:
-    return {key: value for key, value in manifest.items() if key not in ("recipe", "source")}
+    return {key: value for key, value in manifest.items() if key not in ("digest", "source")}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
@@ -241,12 +241,14 @@ def stop_after(path: Path, out: Path, batches: int, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["tokenizer", "limit", "val_fraction", "source", "torn part", "torn journal"])
-def test_old_parts_are_not_mixed_with_another_recipes(tmp_path, change, capsys):
+def test_old_parts_are_not_mixed_with_another_jobs(tmp_path, change, capsys):
     path = write_source(tmp_path, "jsonl")
     stop_after(path, tmp_path / "set", 10)
-    flags = {"tokenizer": ["--tokenizer", "characters"], "limit": ["--limit", "150"], "val_fraction": ["--val_fraction", "0.3"]}.get(
-        change, []
-    )
+    flags = {
+        "tokenizer": ["--tokenizer", "characters"],
+        "limit": ["--limit", "150"],
+        "val_fraction": ["--val_fraction", "0.3"],
+    }.get(change, [])
     if change == "source":
         path.write_text(path.read_text().replace("Document 1:", "Document I:"))
     if change == "torn part":
