@@ -54,14 +54,14 @@ def write_dataset(folder: Path, train_text: str, val_text: str) -> None:
 def nothing() -> None: ...
 
 
-def run_train(argv: list[str], output: str, prepare: Callable[[], None]) -> None:
-    """`python train.py ...` in the forked process, both its streams in one file."""
+def run_train(argv: list[str], stdout: Path, stderr: Path, prepare: Callable[[], None]) -> None:
+    """`python train.py ...` in the forked process."""
     import train
 
+    for number, path in ((1, stdout), (2, stderr)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), number)
     prepare()
-    with open(output, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *argv]
     run_command(train.main)
 
@@ -71,8 +71,8 @@ class TrainingProcess:
 
     def __init__(self, argv: list[str], output: Path, prepare: Callable[[], None]) -> None:
         start_fork_server()
-        self._output = output
-        self._process = FORK.Process(target=run_train, args=(argv, str(output), prepare))
+        self._files = output.with_suffix(".stdout"), output.with_suffix(".stderr")
+        self._process = FORK.Process(target=run_train, args=(argv, *self._files, prepare))
         self._process.start()
 
     def wait(self, timeout_s: float = 60) -> int:
@@ -94,7 +94,19 @@ class TrainingProcess:
 
     @property
     def output(self) -> str:
-        return self._output.read_text(errors="replace") if self._output.exists() else ""
+        return self.stdout + self.stderr
+
+    @property
+    def stdout(self) -> str:
+        return read(self._files[0])
+
+    @property
+    def stderr(self) -> str:
+        return read(self._files[1])
+
+
+def read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def start_fork_server() -> None:
@@ -112,7 +124,8 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._started: list[TrainingProcess] = []
-        write_dataset(folder / "data" / "tiny", tiny_text(880), tiny_text(300))
+        if not (folder / "data").exists():
+            write_dataset(folder / "data" / "tiny", tiny_text(880), tiny_text(300))
 
     def __enter__(self) -> Runs:
         return self
@@ -127,7 +140,7 @@ class Runs:
 
     def start(self, out_dir: str, *flags: str, prepare: Callable[[], None] = nothing) -> TrainingProcess:
         """`prepare`, a module's function, is called in the new process before train.py's main."""
-        process = TrainingProcess(self.argv(out_dir, *flags), self.folder / f"output_{len(self._started)}.txt", prepare)
+        process = TrainingProcess(self.argv(out_dir, *flags), self.folder / f"run_{len(self._started)}", prepare)
         self._started.append(process)
         return process
 
