@@ -133,21 +133,21 @@ def test_help_is_quick(path: Path) -> None:
     assert cpu_s < 0.5
 
 
-def fenced_lines(path: Path) -> list[str]:
-    """Lines of the fenced blocks of a document, with continued lines joined."""
-    blocks = re.findall(r"^```[^\n]*\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S)
-    return [line.strip().removeprefix("$ ") for line in "".join(blocks).replace("\\\n", " ").splitlines()]
-
-
 def documented(pattern: str) -> list[tuple[str, str]]:
-    """(document, line) of every fenced line that the pattern matches."""
-    return [(relative(path), line) for path in DOCUMENTS for line in fenced_lines(path) if re.match(pattern, line)]
+    """(document, line) of every line of a document that the pattern matches, with continued lines joined."""
+    lines = [
+        (relative(path), line.strip().removeprefix("$ "))
+        for path in DOCUMENTS
+        for line in path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    ]
+    return [(document, line) for document, line in lines if re.match(pattern, line)]
 
 
 def arguments(line: str) -> list[str]:
-    """What a shell would pass to the command of a line."""
+    """What a shell would pass to the command of a line; config/X.py and my_*.py stand for a file of the reader's."""
     words = shlex.split(line, comments=True)
-    return words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]
+    first = next(i for i, word in enumerate(words) if word.endswith(".py")) + 1
+    return [word for word in words[first:] if not re.fullmatch(r"config/X\.py|my_\w+\.py", word)]
 
 
 def accepted(load: Callable[[list[str]], object], line: str) -> None:
