@@ -22,7 +22,7 @@ from typing import IO, Any, Literal, Protocol
 from configurator import UserError
 
 PIECE_CHARS = 1 << 18  # what is tokenised in one go
-LONGEST_PIECE_CHARS = 1 << 20  # text without a line break in so many characters is cut at a space, or anywhere
+LONGEST_PIECE_CHARS = 1 << 19  # text without a line break in so many characters is cut at a space, or anywhere
 LONGEST_LINE_BYTES = 1 << 26  # of a .jsonl file
 PARQUET_ROWS = 256  # read at a time
 NETWORK_TIMEOUT_S = 10.0
