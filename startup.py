@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import (
+    FOLDER,
     Checkpoint,
     CheckpointStore,
     check_compatible,
@@ -125,17 +126,23 @@ def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Chec
     return checkpoint, notes
 
 
-def in_latest(checkpoint: Checkpoint | None) -> tuple[int, int] | None:
-    """(finished steps, last evaluated step) of what `latest` holds, if it was resumed; another tier still has to become it."""
-    if checkpoint is None or checkpoint.path.name != "latest":
-        return None
-    return checkpoint.iter, checkpoint.state["counters"]["evaluated_step"]
+def is_own(cfg: Config, checkpoint: Checkpoint) -> bool:
+    """Whether it lies in this run's out_dir; `--resume=PATH` may name another run's."""
+    return checkpoint.path.parent.resolve() == (Path(cfg.run.out_dir) / FOLDER).resolve()
 
 
-def open_store(cfg: Config, log: TrainingLogger, from_scratch: bool) -> CheckpointStore:
-    """The run's checkpoints. A run from scratch sets another's aside: only now, when nothing can be refused any more."""
+def in_latest(cfg: Config, checkpoint: Checkpoint | None) -> tuple[int, int] | None:
+    """(finished steps, last evaluated step) of what `latest` holds, if it was resumed; any other has yet to become it."""
+    if checkpoint and is_own(cfg, checkpoint) and checkpoint.path.name == "latest":
+        return checkpoint.iter, checkpoint.state["counters"]["evaluated_step"]
+    return None
+
+
+def open_store(cfg: Config, checkpoint: Checkpoint | None, log: TrainingLogger) -> CheckpointStore:
+    """The run's checkpoints. Those of another run are set aside: only now, when nothing can be refused any more."""
     out_dir = Path(cfg.run.out_dir)
-    if from_scratch and not cfg.eval.eval_only and (line := set_aside(out_dir)):
+    goes_on = checkpoint is not None and is_own(cfg, checkpoint)
+    if not goes_on and not cfg.eval.eval_only and (line := set_aside(out_dir)):
         log.line(line)
     return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line)
 
@@ -197,9 +204,10 @@ def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype
     """(what the run is, for the console and the log; what turns its step times into MFU)."""
     full, causal = flops_per_token(cfg.model), flops_per_token(cfg.model, causal=True)
     name, precision = device_name(ranks.device), str(dtype).removeprefix("torch.")
-    peak = None
-    if ranks.device.type == "cuda":  # float32 products run on tensor cores as TF32, where there are such (choose_device)
-        peak = (peak_tflops(name, "tf32") if dtype == torch.float32 else None) or peak_tflops(name, precision)
+    arithmetic = precision
+    if dtype == torch.float32 and peak_tflops(name, "tf32"):
+        arithmetic = "tf32"  # what choose_device sets for the products of float32
+    peak = peak_tflops(name, arithmetic) if ranks.device.type == "cuda" else None
     factors = (cfg.data.batch_size, cfg.data.gradient_accumulation_steps, cfg.model.block_size)
     tokens_per_step = math.prod(factors)
     info = {
@@ -209,6 +217,7 @@ def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype
             "gpus": ranks.world_size if ranks.device.type == "cuda" else 0,
             "memory_gb": gpu_memory_gb(ranks.device),
             "peak_tflops": peak,
+            "peak_precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(arithmetic, arithmetic),
             "cpu_threads": torch.get_num_threads(),
         },
         "data": data_info(cfg, dataset),
@@ -230,12 +239,11 @@ def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype
 
 def marker_lines(info: dict[str, dict[str, Any]]) -> list[str]:
     """The lines of the start report that other tools look for."""
-    hardware, precision = info["hardware"], info["training"]["precision"].split(",")[0]
+    hardware = info["hardware"]
     lines = [f"number of parameters: {info['model']['parameters'] / 1e6:.2f}M"]
     if hardware["peak_tflops"]:
-        short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[precision]
         name = hardware["device"].removeprefix("NVIDIA ")
-        lines.append(f"Hardware peak: {hardware['peak_tflops']:g} TFLOPS ({name} {short})")
+        lines.append(f"Hardware peak: {hardware['peak_tflops']:g} TFLOPS ({name} {hardware['peak_precision']})")
     return lines
 
 

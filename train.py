@@ -94,11 +94,11 @@ def train(cfg: Config, stack: ExitStack) -> int:
     for line in [*startup.marker_lines(info), *describe_groups(optimizer), *notes]:
         log.line(line)
     forward = startup.compile_model(model, cfg, dtype, log.line)
-    store = startup.open_store(cfg, log, from_scratch=checkpoint is None)
+    store = startup.open_store(cfg, checkpoint, log)
     stack.callback(store.close)  # waits until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
-    readback, in_latest = ReadBack(ranks.device), startup.in_latest(checkpoint)
+    readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint)
     loop(Run(cfg, dataset, order, dtype, state, loader, forward, log, store, readback, stop, prompt, in_latest))
     return stop.exit_code
 
@@ -252,13 +252,11 @@ def split_loss(run: Run, tokens: Any, iters: int) -> float | None:
 def draw_sample(run: Run, prompt: Prompt) -> None:
     """Log a continuation of `sample_prompt`; a generator of its own keeps it from moving the run's random numbers."""
     state, cfg, device = run.state, run.cfg, run.state.ranks.device
-    generator = torch.Generator(device).manual_seed(cfg.run.seed)
+    ids, generator = torch.tensor([prompt.ids], device=device), torch.Generator(device).manual_seed(cfg.run.seed)  # (1, T)
     options = SampleOptions(temperature=0.8, top_k=200, n_valid_ids=run.dataset.vocab_size)
     with autocast(device, run.dtype):
-        ids = generate(
-            state.model, torch.tensor([prompt.ids], device=device), cfg.eval.sample_tokens, options, generator
-        )  # (1, T)
-    run.log.text(state.step, prompt.tokenizer.decode(ids[0].tolist()))
+        text = generate(state.model, ids, cfg.eval.sample_tokens, options, generator)
+    run.log.text(state.step, prompt.tokenizer.decode(text[0].tolist()))
     run.readback.restart_clock()
 
 
@@ -274,11 +272,9 @@ def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:
         tiers.append("latest")
     if due(step, cfg.rolling_interval) and cfg.keep_rolling:
         tiers.append(f"rolling_step_{step}")
-    # On a small corpus an epoch may take a few steps: then only every so many epochs that checkpoint_interval steps lie between.
-    epoch, samples_per_step = (
-        run.order.epoch(run.state.samples),
-        run.cfg.data.batch_size * run.cfg.data.gradient_accumulation_steps,
-    )
+    # Where the data starts again every few steps, one epoch in `every` is kept: checkpoint_interval steps lie between.
+    epoch, data = run.order.epoch(run.state.samples), run.cfg.data
+    samples_per_step = data.batch_size * data.gradient_accumulation_steps
     every = max(1, math.ceil(cfg.checkpoint_interval * samples_per_step / run.order.samples_per_epoch))
     if epoch // every > epoch_before // every and cfg.keep_epochs:
         tiers.append(f"epoch_{epoch}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import signal
@@ -423,6 +424,24 @@ def test_going_back_to_an_older_tier_makes_it_the_latest(runs: Runs) -> None:
     assert runs.losses("out") == runs.losses("plain")
 
 
+def test_going_on_from_another_run(runs: Runs) -> None:
+    """`--resume=PATH` takes the steps of another out_dir along; what lay here before is set aside."""
+    runs.run("out", "--run_name=first")
+    runs.run("here", "--run_name=second", "--max_iters=4")
+    runs.run("here", "--run_name=third", f"--resume={runs.folder / 'out' / 'checkpoints' / 'latest'}")
+    assert runs.tiers("here") == {"latest": 20}
+    assert_equal_bits(runs.tensors("here"), runs.tensors("out"))
+    assert (runs.folder / "here" / "checkpoints.second").is_dir()
+    relative = os.path.relpath(runs.folder / "here" / "checkpoints" / "latest", "/")
+    runs.run("here", f"--resume={relative}", "--max_iters=22", prepare=stand_in_the_root)
+    assert runs.tiers("here") == {"latest": 22, "latest_backup": 20}
+
+
+def stand_in_the_root() -> None:
+    os.chdir("/")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # On a GPU
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -443,3 +462,14 @@ def forbid_waiting_in_steps() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
     train.train_step = strict_step
+
+
+@gpu
+def test_the_peak_is_the_gpus_own(runs: Runs) -> None:
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "tf32")):
+        output = runs.run(dtype, "--device=cuda", f"--dtype={dtype}", "--max_iters=2")
+        hardware = runs.log(dtype)["startup_info"]["hardware"]
+        if hardware["peak_tflops"] is None:
+            pytest.skip(f"{hardware['device']} is not in the table of peaks")
+        name = hardware["device"].removeprefix("NVIDIA ")
+        assert f"Hardware peak: {hardware['peak_tflops']:g} TFLOPS ({name} {short})" in output
