@@ -5,6 +5,7 @@ Read `train` from top to bottom: it is the table of contents of the whole system
 
 from __future__ import annotations
 
+import os
 import sys
 
 from configurator import Config, command_errors, load_config, run_command
@@ -12,6 +13,7 @@ from configurator import Config, command_errors, load_config, run_command
 if __name__ == "__main__":  # torch takes seconds to import: --help and a mistyped flag are answered before that
     with command_errors():
         load_config(sys.argv[1:])
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would halve the speed of a CPU shared with others
 
 import math
 import time

@@ -3,7 +3,7 @@
 out_dir = "out-quickstart"
 dataset = "python_stdlib"
 
-# LLaMA's components, small: about 2 M parameters
+# LLaMA's components, small: 1.4 M parameters, half of them the embedding
 n_layer = 4
 n_head = 4
 n_embd = 128
@@ -16,16 +16,16 @@ dropout = 0.0
 
 batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 256 = 2,048 tokens a step
-max_iters = 1000
+max_iters = 600  # 1.2 M tokens
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 50
 lr_decay_iters = max_iters
 beta2 = 0.99  # few tokens a step: a longer memory of the squared gradient
 
-eval_interval = 250
+eval_interval = 200
 eval_iters = 20
-sample_interval = 500
+sample_interval = 300
 sample_prompt = "def "
 log_interval = 10
 rolling_interval = 0  # two minutes need no history
