@@ -23,8 +23,10 @@ MAY_IMPORT = {
     "hellaswag": "checkpoint configurator data hf_convert model parallel precision",
     "sample": "checkpoint configurator data hf_convert model parallel precision",
     "hf_convert": "checkpoint configurator data flops model visualize_training",
-    "checkpoint": "configurator parallel",
-    "training_logger": "configurator parallel",
+    "checkpoint": "checkpoint_files configurator parallel",
+    "checkpoint_files": "configurator",
+    "training_logger": "configurator parallel run_file",
+    "run_file": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
     "parallel": "configurator",
@@ -38,7 +40,7 @@ MAY_IMPORT = {
 }
 # Packages that one place owns. The tests may import all of them.
 OWNERS = {
-    "torch.distributed": ("parallel", "checkpoint"),
+    "torch.distributed": ("parallel", "checkpoint", "checkpoint_files"),
     "triton": ("kernels",),
     "transformer_engine": ("precision",),
     "transformers": ("hf_convert", "data"),
