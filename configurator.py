@@ -35,6 +35,7 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"]
+InitFrom = Literal["scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -130,14 +131,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    init_from: str = "scratch"  # scratch, or resume
+    init_from: InitFrom = "scratch"  # scratch, resume, or a pretrained GPT-2 (not in this version)
     resume: str = ""  # latest, best, a tier's name or a checkpoint's folder; implies init_from=resume
     always_save_checkpoint: bool = True  # false: only best_model, and latest at the end or at a signal
     checkpoint_interval: int = 250  # steps between writes of `latest`; 0 counts minutes only
     checkpoint_minutes: float = 10.0  # minutes between writes of `latest`, whichever comes first; 0 counts steps only
     rolling_interval: int = 1000  # steps between rolling_step_N checkpoints; 0 makes none
     keep_rolling: int = 3  # how many of them stay
-    keep_epochs: int = 3  # how many epoch_N checkpoints stay (one each time the data starts again); 0 makes none
+    keep_epochs: int = 3  # how many epoch_N checkpoints stay, each checkpoint_interval steps or more apart; 0 makes none
 
 
 @dataclass(frozen=True)
@@ -483,8 +484,7 @@ def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         *failing(FRACTIONS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
         *failing(["wsd_decay_fraction", "top_p"], lambda v: 0 < v <= 1, "must be in (0, 1]"),
         *failing(["device"], lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v), "is not one of auto, cpu, cuda, cuda:N"),
-        *failing(["init_from"], lambda v: v in ("scratch", "resume"), "is not one of scratch, resume"),
-        *failing(["run_name"], lambda v: "/" not in v, "names files: it must not contain a slash"),
+        *failing(["run_name"], lambda v: "/" not in v and v not in (".", ".."), "names files: no slash, and not . or .."),
     ]
 
 

@@ -48,8 +48,8 @@ def start_ranks(run: RunConfig) -> Ranks:
 
     Raises UserError where the device is not there or torchrun started several processes.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
         raise UserError(f"torchrun started {world_size} processes; this version trains in one: pass --nproc_per_node=1")
     device = choose_device(run.device)
     if run.deterministic:

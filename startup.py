@@ -107,6 +107,10 @@ def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:
     """(the checkpoint to resume, lines to log). Locks out_dir until the stack is closed; an evaluation only reads it."""
+    if cfg.checkpoint.init_from not in ("scratch", "resume"):
+        raise UserError(
+            f"--init_from={cfg.checkpoint.init_from}: this version loads no pretrained weights; pass scratch or resume"
+        )
     notes: list[str] = []
     out_dir, writes = Path(cfg.run.out_dir), not cfg.eval.eval_only
     if writes:

@@ -16,16 +16,16 @@ dropout = 0.0
 
 batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 256 = 2,048 tokens a step
-max_iters = 600  # 1.2 M tokens
+max_iters = 500  # 1 M tokens
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 50
 lr_decay_iters = max_iters
 beta2 = 0.99  # few tokens a step: a longer memory of the squared gradient
 
-eval_interval = 200
-eval_iters = 20
-sample_interval = 300
+eval_interval = 100
+eval_iters = 10
+sample_interval = 250
 sample_prompt = "def "
 log_interval = 10
 rolling_interval = 0  # two minutes need no history

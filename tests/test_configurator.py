@@ -84,7 +84,7 @@ def test_accepted_spellings(argv, knob, value):
         ("eval_interval = -1\n", 1, "must not be negative"),
         ("learning_rate = 1e-5\n", 1, "min_lr"),
         ("device = 'gpu'\n", 1, "is not one of auto, cpu"),
-        ("init_from = 'gpt5'\n", 1, "is not one of scratch, resume"),
+        ("init_from = 'gpt5'\n", 1, "'gpt5' is not one of scratch, resume, gpt2"),
         ("run_name = 'a/b'\n", 1, "slash"),
     ],
 )
@@ -194,7 +194,24 @@ min_lr = 1e-4
 beta2 = 0.99
 warmup_iters = 100
 """,
-    "eval_gpt2": "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\n",
+    "eval_gpt2": "batch_size = 8\neval_iters = 500\neval_only = True\nwandb_log = False\ninit_from = 'gpt2'\n",
+    "finetune_shakespeare": """
+import time
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+always_save_checkpoint = False
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+""",
 }
 
 
