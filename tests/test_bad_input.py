@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_runs import Runs, nothing
 
 from configurator import ROOT
+from tiny_runs import Runs, nothing
 
 
 @pytest.fixture(scope="module")

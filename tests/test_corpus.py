@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from real_inputs import provide_gpt2_vocabulary, shared_file
 
 from configurator import ROOT, DataConfig, UserError
 from data import corpus, source
@@ -22,6 +21,7 @@ from data.corpus import Recipe, prepare, split_of
 from data.source import Document, FileSource, HubSource, cut_pieces, local_source
 from data.tokenizer import load_tokenizer, open_tokenizer, train_bpe
 from data.tokens import load_dataset
+from real_inputs import provide_gpt2_vocabulary, shared_file
 
 DOCUMENTS = [f"Document {i}: {'naïve ' * (i % 7)}text\n\n  of {i * i}.\n" * (1 + i % 3) for i in range(200)]
 NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_inputs import provide_gpt2_vocabulary, shared_file
 
 from configurator import UserError
 from data.tokenizer import CharacterTokenizer, Tokenizer, load_tokenizer, open_tokenizer, train_bpe
 from data.tokens import Dataset, Manifest, SplitManifest
+from real_inputs import provide_gpt2_vocabulary, shared_file
 
 CODE = "def first(self):\n        return self.items[0]  # naïve 中文 \t\r\n\n\nclass B:\n    pass\n"
 SPECIAL = "a <|endoftext|> and a </s>, <s>"

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import Runs
 from torch.nn import functional as F
 
 import precision
@@ -27,6 +26,7 @@ from data.tokens import load_dataset
 from model import Transformer
 from optim import learning_rate
 from startup import with_vocabulary
+from tiny_runs import Runs
 
 SAMPLES_PER_STEP, BLOCK_SIZE = 8, 16
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
