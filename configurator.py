@@ -484,7 +484,7 @@ def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         *failing(FRACTIONS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
         *failing(["wsd_decay_fraction", "top_p"], lambda v: 0 < v <= 1, "must be in (0, 1]"),
         *failing(["device"], lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v), "is not one of auto, cpu, cuda, cuda:N"),
-        *failing(["run_name"], lambda v: "/" not in v and v not in (".", ".."), "names files: no slash, and not . or .."),
+        *failing(["run_name"], lambda v: "/" not in v and v not in (".", ".."), "names files: it must not contain a slash, or be . or .."),
     ]
 
 
