@@ -35,7 +35,6 @@ from checkpoint_files import (
     link_checkpoint,
     open_checkpoint,
     read_manifest,
-    size_bytes,
     sync,
     table,
     write_checkpoint,
@@ -149,7 +148,7 @@ class CheckpointStore:
             for tier in tiers:
                 folder = self._root / f".writing-{tier}"
                 if published is None:
-                    n_bytes = size_bytes(write_checkpoint(folder, tensors, state, about))
+                    n_bytes = _size_bytes(write_checkpoint(folder, tensors, state, about))
                 else:
                     link_checkpoint(published, folder)
                 published = _publish(folder, tier)
@@ -174,6 +173,10 @@ class CheckpointStore:
         for prefix, keep in (("rolling_step_", self._cfg.keep_rolling), ("epoch_", self._cfg.keep_epochs)):
             for tier in [tier for tier in tiers if tier.startswith(prefix)][keep:]:
                 _delete(tiers[tier])
+
+
+def _size_bytes(manifest: dict[str, Any]) -> int:
+    return sum(entry["bytes"] for entry in manifest["files"].values())
 
 
 def _publish(folder: Path, tier: str) -> Path:
@@ -301,10 +304,10 @@ def set_aside(out_dir: str | Path) -> str | None:
         return None
     manifests = filter(None, map(_manifest_if_readable, tiers.values()))
     name = re.sub(r"[^\w.-]", "_", next(manifests, {"run_name": "unnamed"})["run_name"])
-    aside, number = root.with_name(f"{FOLDER}.{name}"), 1
+    aside, number = root.with_name(f"{root.name}.{name}"), 1
     while aside.exists():
         number += 1
-        aside = root.with_name(f"{FOLDER}.{name}.{number}")
+        aside = root.with_name(f"{root.name}.{name}.{number}")
     root.rename(aside)
     return f"Starting from scratch: the checkpoints of run {name} are now in {aside}"
 
@@ -352,8 +355,8 @@ def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]])
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="checkpoint.py", description="What checkpoints are on disk, and are they whole?")
-    help = "a table that compares file sizes; the same with checksums, exit code 1 if any is damaged; all about one, as JSON"
-    parser.add_argument("command", choices=("list", "verify", "inspect"), help=help)
+    what = "list compares file sizes; verify every checksum (exit code 1 if any is damaged); inspect prints one whole, as JSON"
+    parser.add_argument("command", choices=("list", "verify", "inspect"), help=what)
     parser.add_argument("path", nargs="?", default="out", help="an out_dir, its folder of checkpoints, or one checkpoint")
     args = parser.parse_args(argv)
     path = Path(args.path)
@@ -374,7 +377,7 @@ def row_of(tier: str, folder: Path, checksums: bool) -> list[str]:
     try:
         manifest = read_manifest(folder)
         val_loss = "-" if manifest["val_loss"] is None else f"{manifest['val_loss']:.4f}"
-        cells = [str(manifest["iter"]), val_loss, f"{size_bytes(manifest):,}", manifest["saved_at"][:19]]
+        cells = [str(manifest["iter"]), val_loss, f"{_size_bytes(manifest):,}", manifest["saved_at"][:19]]
         check_files(folder, manifest, checksums)
     except (DamagedError, UserError) as error:
         whole = str(error)

@@ -124,8 +124,7 @@ def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, 
 
 def _split(items: list[IndexedTensor]) -> list[list[IndexedTensor]]:
     """Tensors over files of about equal size: the largest first, each into the file that is smallest so far."""
-    total_bytes = sum(tensor.nbytes for _, tensor in items)
-    n_files = max(1, min(MAX_FILES, total_bytes // MIN_FILE_BYTES))
+    n_files = max(1, min(MAX_FILES, sum(tensor.nbytes for _, tensor in items) // MIN_FILE_BYTES))
     bins: list[list[IndexedTensor]] = [[] for _ in range(n_files)]
     filled = [0] * n_files
     for item in sorted(items, key=lambda item: -item[1].nbytes):
@@ -200,7 +199,7 @@ def _quiet_dcp() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Verifying
+# Reading: nothing is used before it is verified
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -235,10 +234,6 @@ def check_files(folder: Path, manifest: dict[str, Any], checksums: bool) -> None
 
     with ThreadPoolExecutor(MAX_FILES) as pool:
         list(pool.map(check, manifest["files"]))
-
-
-def size_bytes(manifest: dict[str, Any]) -> int:
-    return sum(entry["bytes"] for entry in manifest["files"].values())
 
 
 @contextlib.contextmanager
@@ -278,22 +273,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _read_metadata(folder: Path, manifest: dict[str, Any]) -> Metadata:
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     with _damage(".metadata"), (folder / ".metadata").open("rb") as file:
         metadata = _MetadataUnpickler(file).load()
-        entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [None]
-        if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in metadata.state_dict_metadata.values()):
             raise DamagedError(".metadata lists something that is no tensor")
         for info in metadata.storage_data.values():
             if info.relative_path not in manifest["files"]:
                 raise DamagedError(f".metadata points to {info.relative_path}, which is not in the manifest")
     return metadata
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -342,7 +331,8 @@ class Checkpoint:
 
         UserError with a table where names, shapes or dtypes differ; then nothing has been copied.
         """
-        saved, wanted = self.describe_tensors(), {name: _describe(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        saved = self.describe_tensors()
+        wanted = {name: _describe(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         if names:
             rows = [(name, saved.get(name, "missing"), wanted.get(name, "missing")) for name in names[:10]]
@@ -385,10 +375,11 @@ class Checkpoint:
                     list(pool.map(lambda items: read(replace(plan, items=items), planner), by_file.values()))
                 return read(replace(plan, items=[]), planner)
 
-        targets = {name: tensor.detach() for name, tensor in tensors.items()}
         try:
             with _quiet_dcp():
-                dcp.load(targets, storage_reader=VerifiedReader(self.path), no_dist=True)
+                dcp.load(
+                    {name: t.detach() for name, t in tensors.items()}, storage_reader=VerifiedReader(self.path), no_dist=True
+                )
         except (OSError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.path} cannot be read: {error}") from error
         if not _is_still(self.path, self.manifest):

@@ -175,6 +175,8 @@ def test_finding_by_name_and_path(saver: Saver, monkeypatch: pytest.MonkeyPatch)
     assert find_checkpoint("elsewhere", str(saver.root / "best_model"), print).iter == 1
     monkeypatch.chdir(saver.root / "best_model")
     assert [find_checkpoint("elsewhere", which, print).iter for which in (".", "../rolling_step_2")] == [1, 2]
+    (saver.root / "best_model" / "manifest.json").unlink()
+    assert find_checkpoint("elsewhere", ".", saver.warnings.append).path.name == "latest" and len(saver.warnings) == 1
     with pytest.raises(UserError, match=r"rolling_step_3.*latest, latest_backup, rolling_step_2, best_model"):
         saver.find("rolling_step_3")
 

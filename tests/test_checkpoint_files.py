@@ -162,21 +162,23 @@ def test_a_checkpoint_that_goes_away_while_it_is_read(folder: Path) -> None:
         opened.load(tensors_of(0))
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_checkpoint_that_is_replaced_while_it_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
-    """Its files are checked, or found to be those of another, and then it is the newer one that is opened, whole."""
+@pytest.mark.parametrize("when", ["before its files are checked", "after"])
+def test_a_checkpoint_that_is_replaced_while_it_is_opened(folder: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Then the newer one is opened, and nothing of the older one is in it."""
     newer = folder.with_name("newer")
     write_checkpoint(newer, tensors_of(4), '{"note": "newer"}', ABOUT | {"iter": 4})
-    check = checkpoint_files.check_files
+    check_files = checkpoint_files.check_files
+
+    def replace() -> None:
+        if newer.exists():
+            folder.rename(folder.with_name("older"))
+            newer.rename(folder)
 
     def check_and_replace(*args: Any, **kwargs: Any) -> None:
-        if damaged and newer.exists():
-            folder.rename(folder.with_name("old"))
-            newer.rename(folder)
-        check(*args, **kwargs)
-        if newer.exists():
-            folder.rename(folder.with_name("old"))
-            newer.rename(folder)
+        if when != "after":
+            replace()
+        check_files(*args, **kwargs)
+        replace()
 
     monkeypatch.setattr(checkpoint_files, "check_files", check_and_replace)
     opened = open_checkpoint(folder)
