@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import Config, OptimConfig, RunConfig
-from training_logger import StepRecord, Throughput, TrainingLogger, log_path
+from run_file import StepRecord, Throughput, log_path
+from training_logger import TrainingLogger
 
 
 def log_one(log: TrainingLogger, step: int, mixed: bool) -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "hf_convert": "checkpoint configurator data flops model visualize_training",
     "checkpoint": "checkpoint_files configurator parallel",
     "checkpoint_files": "configurator",
-    "training_logger": "configurator parallel run_file",
+    "training_logger": "configurator run_file",
     "run_file": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "data": "configurator data",
     "configurator": "",
     "kernels": "kernels",
-    "visualize_training": "",
+    "visualize_training": "run_file",
     "test_imports": "configurator flops",
 }
 # Packages that one place owns. The tests may import all of them.

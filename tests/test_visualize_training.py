@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from configurator import ROOT, Config, ModelConfig, OptimConfig, RunConfig
-from training_logger import StepRecord, Throughput, TrainingLogger, log_path
+from run_file import StepRecord, Throughput, log_path
+from training_logger import TrainingLogger
 from visualize_training import DRAWN_POINTS, LogError, differences, labels, main, moving_mean, read_run, thinned, wall_seconds
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -87,15 +88,6 @@ def test_a_torn_log_gives_all_that_is_whole(tmp_path: Path, cut: int) -> None:
     assert torn.eval_steps == whole.eval_steps and torn.events == whole.events
 
 
-def test_a_hole_in_a_section_costs_one_entry(tmp_path: Path) -> None:
-    path = write_log(tmp_path)
-    content = path.read_bytes()
-    middle = content.index(b'{"iter": 20, "train_loss"') + 3
-    path.write_bytes(content[:middle] + b"\0" * 5 + content[middle + 5 :])
-    run = read_run(path)
-    assert list(run.evaluations("iter")) == [10, 30, 40] and len(run.steps["iter"]) == 40
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -119,6 +111,12 @@ def test_a_bad_file_is_one_line_and_exit_2(
     assert list(tmp_path.glob("*.png")) == []
 
 
+def test_a_picture_of_no_known_kind_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(write_log(tmp_path)), "--output", str(tmp_path / "plot.doc")])
+    assert "ends in .png, .pdf or .svg" in capsys.readouterr().err
+
+
 def test_a_run_before_its_first_step_says_so(tmp_path: Path) -> None:
     TrainingLogger(Config(run=RunConfig(out_dir=str(tmp_path))), "a").close("finished")
     with pytest.raises(LogError, match="no training iteration is logged yet"):
@@ -140,6 +138,16 @@ def test_the_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list(tmp_path.glob("*/*.png"))) == 1
 
 
+def test_a_folder_stands_for_its_newest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("a", "b", "c")):
+        os.utime(write_log(tmp_path, name), (1_000_000 + 10 * (number == 1), 1_000_000 + 10 * (number == 1)))
+    assert main([str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("*.png")] == ["run_b_analysis.png"]
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty")]) == 2
+    assert f"{tmp_path / 'empty'}: there is no run_*.json" in capsys.readouterr().err
+
+
 ALWAYS = ["Loss", "Learning rate", "Throughput", "Step time", "Gradient norm, before clipping", "Gradient elements"]
 
 
@@ -155,9 +163,11 @@ def test_the_loss_panel_marks_what_happened(tmp_path: Path, drawn: list[Any]) ->
     assert main([str(write_log(tmp_path)), "--smooth", "8"]) == 0
     loss = drawn[0].axes[0]
     names = [text.get_text() for text in loss.get_legend().get_texts()]
-    assert names == ["train, mean of 8 records", "train, evaluated", "validation", "checkpoint", "skipped step", "resumed"]
-    assert [text.get_text() for text in loss.texts] == ["best 4.3000 at step 40\n2.0000 bits per byte"]
+    best = "best: 4.3000 at step 40, 2.0000 bits per byte"
+    events = ["checkpoint", "skipped step", "resumed"]
+    assert names == ["train, mean of 8 records", "train, evaluated", "validation", best, *events]
     lines = {line.get_label(): list(line.get_xdata()) for line in loss.lines}
+    assert lines[best] == [40]
     assert lines["checkpoint"] == [10, 20, 30, 40] and lines["skipped step"] == [20] and lines["resumed"] == [20, 20]
 
 
@@ -227,11 +237,8 @@ def test_wall_time_follows_the_clock_where_it_was_read(tmp_path: Path) -> None:
 
 
 def test_help_is_quick() -> None:
-    code = (
-        "import sys, visualize_training\n"
-        "try: visualize_training.main(['--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "assert not {'numpy', 'matplotlib', 'torch', 'configurator'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--smooth" in done.stdout, done.stderr
+    command = [sys.executable, "-X", "importtime", "visualize_training.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "--smooth" in done.stdout and "run_file" in imported
+    assert not {"numpy", "matplotlib", "torch", "configurator", "training_logger"} & imported
