@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from run_file import read_log
+from run_file import LISTS, read_log
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -99,9 +99,9 @@ def read_run(path: Path) -> Run:
         raise LogError(f"{path}: this is no run log; a run writes its own as out_dir/run_<name>.json")
     if not columns["iter"]:
         raise LogError(f"{path}: no training iteration is logged yet; try again after the run's first step")
-    knobs = sections.pop("config", {}).get("values", {})
-    rest = {"startup_info": {}, "summary": {}} | sections
-    return Run(path, rest.pop("run_name"), knobs, **rest, steps={name: np.frombuffer(column) for name, column in columns.items()})
+    knobs, *others = sections.get("config", {}).get("values", {}), sections.get("startup_info", {}), sections.get("summary", {})
+    lists = {name: sections[name] for name in LISTS}
+    return Run(path, sections["run_name"], knobs, *others, **lists, steps={name: np.frombuffer(y) for name, y in columns.items()})
 
 
 def newest_log(pattern: str, *folders: Path) -> Path:
@@ -397,7 +397,8 @@ RESULTS: dict[str, Callable[[Run], Any]] = {
 
 def differences(runs: Sequence[Run]) -> list[list[str]]:
     """Rows of text, a name and a cell for each run: the knobs that differ, then the results that are known."""
-    names = sorted(set().union(*(run.knobs for run in runs)) - {"run_name", "out_dir", "wandb_run_name"})
+    naming = {"run_name", "out_dir", "wandb_run_name", "init_from", "resume"}  # these say where a run is and how it was started
+    names = sorted(set().union(*(run.knobs for run in runs)) - naming)
     knobs = [[name, *(cell(run.knobs.get(name)) for run in runs)] for name in names]
     results = [[name, *(cell(result(run)) for run in runs)] for name, result in RESULTS.items()]
     return [row for row in knobs if len(set(row[1:])) > 1] + [row for row in results if set(row[1:]) != {"-"}]

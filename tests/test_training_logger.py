@@ -237,6 +237,26 @@ def test_a_resumed_log_equals_one_that_was_never_stopped(tmp_path: Path) -> None
     assert other["summary"]["avg_tokens_per_sec"] == pytest.approx(5_135e3 * len(counted) / sum(counted), rel=1e-5)
 
 
+def test_what_adds_up_over_the_processes_goes_on(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    first.step(step(1, skipped=3))
+    time.sleep(0.05)
+    first.close("stopped")
+    before = strict(log_path(tmp_path, "x"))["summary"]
+    opened(tmp_path, resume_iter=1).close("finished")
+    after = strict(log_path(tmp_path, "x"))["summary"]
+    assert after["wall_s"] > before["wall_s"] >= 0.05 and after["skipped_steps"] == 3
+
+
+def test_a_checkpoint_brings_the_log_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, synced = opened(tmp_path), []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.samestat(os.fstat(fd), log_path(tmp_path, "x").stat())))
+    logger.step(step(1))
+    assert synced == []
+    logger.checkpoint(1, "latest", "out/latest", None, 1, 0.1)
+    assert synced == [True]
+
+
 def test_a_resume_says_which_knobs_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened(tmp_path).close("finished")
     opened(tmp_path, resume_iter=0, log_interval=7, console="line").close("finished")
