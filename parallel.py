@@ -10,6 +10,7 @@ import platform
 import signal
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +160,8 @@ class StopRequest:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
-        os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving\n".encode())  # print is not reentrant
+        with suppress(OSError):  # stderr may be a pipe whose reader is gone: Ctrl-C ends a `| tee` as well
+            os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving\n".encode())  # print is not reentrant
 
     def __bool__(self) -> bool:
         return bool(self.reason)

@@ -60,5 +60,21 @@ def test_a_signal_asks_for_a_stop(number, code):
     assert stop and stop.exit_code == code and stop.reason == signal.Signals(number).name
 
 
+def test_a_signal_is_heard_when_nobody_reads_stderr():
+    """Ctrl-C ends the `tee` of `train.py 2>&1 | tee log` too: the stop must not become a BrokenPipeError."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    stderr = os.dup(2)
+    os.dup2(write_end, 2)
+    try:
+        stop = StopRequest(max_hours=None)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(write_end)
+
+
 def test_max_hours_stops():
     assert StopRequest(max_hours=1e-9).reason.startswith("max_hours") and not StopRequest(max_hours=1.0)
