@@ -260,7 +260,7 @@ def load_config(argv: Sequence[str]) -> Config:
     cfg = Config(**sections, origins=given.origins)
     given.check(impossible(cfg.values()) or impossible_combinations(cfg))
     if "--print_config" in argv:
-        print_config(cfg)
+        print_config(cfg.values(), cfg.origins)
         sys.exit(0)
     return cfg
 
@@ -270,6 +270,9 @@ def load_section(argv: Sequence[str], cls: type) -> Any:
     given = read_knobs(argv, {cls.__name__: cls})
     section = section_from(cls, given.values)
     given.check(impossible(vars(section)))
+    if "--print_config" in argv:
+        print_config(vars(section), given.origins)
+        sys.exit(0)
     return section
 
 
@@ -364,18 +367,18 @@ def read_config_file(name: str, problems: list[str]) -> list[Given]:
     """
     try:
         path = find_file(name)
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")
         tree = ast.parse(source, filename=name)
     except UserError as error:
         problems.append(str(error))
         return []
-    except (SyntaxError, UnicodeDecodeError, OSError) as error:
+    except (SyntaxError, ValueError, OSError) as error:  # ValueError: no UTF-8, or a null byte
         problems.append(f"{name}:{getattr(error, 'lineno', 1) or 1}: not a Python config file: {getattr(error, 'msg', error)}")
         return []
     namespace: dict[str, Any] = {"__name__": "config", "__file__": str(path)}
     try:
         exec(compile(tree, name, "exec"), namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = error.__traceback__
         lines = []
         while frame:
@@ -383,7 +386,8 @@ def read_config_file(name: str, problems: list[str]) -> list[Given]:
             frame = frame.tb_next
         problems.append(f"{name}:{lines[-1] if lines else 1}: {type(error).__name__}: {error}")
         return []
-    line_of = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    stored = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    line_of = {n.id: n.lineno for n in sorted(stored, key=lambda n: n.lineno)}  # the last one counts
     return [
         Given(key, value, f"{name}:{line_of.get(key, 1)}", is_text=False)
         for key, value in namespace.items()
@@ -433,7 +437,7 @@ def convert(knob: Knob, given: Given) -> Any:
                 value = float(value)
             except ValueError:
                 raise wrong from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:  # nor NaN
         raise wrong
     if knob.type is int and value != int(value):
         raise wrong
@@ -482,9 +486,14 @@ def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         *failing(POSITIVE, lambda v: v > 0, "must be greater than 0"),
         *failing(NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         *failing(FRACTIONS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
+        *failing(["seed"], lambda v: v < 2**63, "must be below 2**63"),
         *failing(["wsd_decay_fraction", "top_p"], lambda v: 0 < v <= 1, "must be in (0, 1]"),
         *failing(["device"], lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v), "is not one of auto, cpu, cuda, cuda:N"),
-        *failing(["run_name"], lambda v: "/" not in v and v not in (".", ".."), "names files: it must not contain a slash, or be . or .."),
+        *failing(
+            ["run_name"],
+            lambda v: "/" not in v and v not in (".", ".."),
+            "names files: it must not contain a slash, or be . or ..",
+        ),
     ]
 
 
@@ -534,10 +543,10 @@ def print_help(knobs: dict[str, Knob]) -> None:
     print("\naliases: " + ", ".join(f"--{a} = --{b}" for a, b in ALIASES.items() if b in knobs))
 
 
-def print_config(cfg: Config) -> None:
+def print_config(values: dict[str, Any], origins: dict[str, str]) -> None:
     """The resolved knobs, each with its origin; the output is a config file itself."""
-    for name, value in cfg.values().items():
-        print(f"{name} = {value!r}  # {cfg.origins[name]}")
+    for name, value in values.items():
+        print(f"{name} = {value!r}  # {origins[name]}")
 
 
 @contextmanager
@@ -551,6 +560,8 @@ def command_errors() -> Iterator[None]:
     except BrokenPipeError:  # `... | head` closed our output: nothing is wrong
         sys.stderr.close()
         sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:

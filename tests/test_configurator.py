@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import ROOT, SECTIONS, UserError, knob_comments, knobs_of, load_config
+from configurator import ROOT, SECTIONS, SampleConfig, UserError, knob_comments, knobs_of, load_config, load_section
 
 
 def write(folder: Path, text: str, name: str = "c.py") -> str:
@@ -86,6 +86,11 @@ def test_accepted_spellings(argv, knob, value):
         ("device = 'gpu'\n", 1, "is not one of auto, cpu"),
         ("init_from = 'gpt5'\n", 1, "'gpt5' is not one of scratch, resume, gpt2"),
         ("run_name = 'a/b'\n", 1, "slash"),
+        ("n_layer = 10**400\n", 1, "is not an int"),
+        ("seed = 2**63\n", 1, "must be below 2**63"),
+        ("n_layer = 2\nraise SystemExit\n", 2, "SystemExit"),
+        ("n_layer = 2\0\n", 1, "not a Python config file"),
+        ("if True:\n    n_layer = 2\nn_layer = 'x'\n", 3, "is not an int"),
     ],
 )
 def test_mistakes_in_a_file_name_file_and_line(tmp_path, text, line, says):
@@ -231,6 +236,10 @@ def test_imports_and_functions_in_a_config_are_no_knobs(tmp_path):
     assert cfg.run.seed == 8 and cfg.log.wandb_run_name.startswith("ft-")
 
 
+def test_a_file_that_starts_with_a_byte_order_mark(tmp_path):
+    assert load_config([write(tmp_path, "\ufeffn_layer = 3\n")]).model.n_layer == 3
+
+
 def test_every_knob_has_a_comment():
     assert set(knob_comments()) >= set(knobs_of(SECTIONS))
 
@@ -254,6 +263,12 @@ def test_print_config_is_a_config_file(tmp_path):
     assert "seed = 5  # command line" in first.stdout and re.search(r"n_layer = 4  # config/quickstart.py:\d+", first.stdout)
     again = run_train(write(tmp_path, first.stdout), "--print_config")
     assert re.sub(r"  #.*", "", again.stdout) == re.sub(r"  #.*", "", first.stdout)
+
+
+def test_small_commands_print_their_knobs_too(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_section(["--top_k=5", "--print_config"], SampleConfig)
+    assert caught.value.code == 0 and "top_k = 5  # command line\n" in capsys.readouterr().out
 
 
 def test_a_mistake_is_one_message_and_exit_2():
