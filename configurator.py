@@ -169,8 +169,11 @@ class SampleConfig:
     """The knobs of sample.py, which is a command of its own."""
 
     out_dir: str = "out"  # of the run whose checkpoint is read
-    checkpoint: str = "best"  # best, latest, a tier's name or a checkpoint's folder
-    start: str = "\n"  # the text to continue
+    checkpoint: str = (
+        "best"  # best (or the latest, where no evaluation has found one), latest, a tier's name or a checkpoint's folder
+    )
+    data_dir: str = ""  # the folder that holds the run's dataset, for its tokenizer; empty takes the run's own data_dir
+    start: str = "\n"  # the text to continue, or FILE:path of a file that holds it
     num_samples: int = 3  # continuations, drawn together as one batch
     max_new_tokens: int = 200  # length of each
     temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 always takes the most likely token

@@ -11,12 +11,15 @@ if __name__ == "__main__":  # torch takes seconds to import: --help and a mistyp
         load_section(sys.argv[1:], SampleConfig)
 
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from checkpoint import Checkpoint, find_checkpoint
+from checkpoint import FOLDER, Checkpoint, find_checkpoint, tiers_in
 from data.tokenizer import load_tokenizer
-from data.tokens import Dataset, load_dataset
+from data.tokens import Dataset, Manifest, dataset_folder
 from model import SampleOptions, Transformer, generate
 from parallel import choose_device
 from precision import autocast, choose_dtype
@@ -27,9 +30,13 @@ def main(argv: list[str]) -> int:
     checkpoint = open_checkpoint(cfg)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
-    dataset = dataset_of(checkpoint)
+    dataset = vocabulary_of(checkpoint, cfg.data_dir)
     tokenizer = load_tokenizer(dataset)
-    prompt = tokenizer.encode(cfg.start)
+    if checkpoint.state["data"].get("tokenizer_hash") not in (None, tokenizer.hash):
+        raise UserError(
+            f"the tokenizer in {dataset.folder} is not the one that {checkpoint.path} was trained with: prepare that again"
+        )
+    prompt = tokenizer.encode(text_to_continue(cfg.start))
     if not prompt:
         raise UserError("--start: needs at least one character to continue")
     model = load_model(checkpoint, device)
@@ -52,16 +59,32 @@ def open_checkpoint(cfg: SampleConfig) -> Checkpoint:
     def warn(line: str) -> None:
         print(line, file=sys.stderr)
 
-    checkpoint = find_checkpoint(cfg.out_dir, cfg.checkpoint, warn)
+    which = cfg.checkpoint
+    if which == "best" and "best_model" not in tiers_in(Path(cfg.out_dir) / FOLDER):
+        which = "latest"
+    checkpoint = find_checkpoint(cfg.out_dir, which, warn)
     if checkpoint is None:
         raise UserError(f"{cfg.out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
     return checkpoint
 
 
-def dataset_of(checkpoint: Checkpoint) -> Dataset:
-    """The dataset that the checkpoint's run was trained on."""
-    values = checkpoint.state["config"]["values"]
-    return load_dataset(section_from(DataConfig, values), values["block_size"])
+def vocabulary_of(checkpoint: Checkpoint, data_dir: str) -> Dataset:
+    """The dataset of the checkpoint's run without its tokens, which need not be on this machine."""
+    data = section_from(DataConfig, checkpoint.state["config"]["values"])
+    folder = dataset_folder(replace(data, data_dir=data_dir or data.data_dir))
+    manifest = Manifest.read(folder / "manifest.json") if (folder / "manifest.json").exists() else None
+    no_tokens = np.empty(0, np.uint16)
+    return Dataset(data.dataset, folder, no_tokens, no_tokens, checkpoint.state["data"]["vocab_size"], manifest)
+
+
+def text_to_continue(start: str) -> str:
+    """`start`, or what is in the file of `FILE:path`, as in nanoGPT. Raises UserError."""
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--start={start}: cannot read the file: {error}") from None
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:

@@ -121,13 +121,18 @@ class Dataset:
         }
 
 
+def dataset_folder(data: DataConfig) -> Path:
+    """Where the dataset lies, prepared or not."""
+    return (Path(data.data_dir) if data.data_dir else ROOT / "data") / data.dataset
+
+
 def load_dataset(data: DataConfig, block_size: int) -> Dataset:
     """Opens `data.dataset` and checks it; `data.check_data` compares every id with the vocabulary, not a sample of them.
 
     Raises UserError: nothing prepared there; a .bin that is empty, torn, of another dtype or length than the manifest
     says, shorter than a block and its target, or with ids beyond the vocabulary; manifest.json or meta.pkl unreadable.
     """
-    folder = (Path(data.data_dir) if data.data_dir else ROOT / "data") / data.dataset
+    folder = dataset_folder(data)
     if any(not (folder / f"{split}.bin").is_file() for split in SPLITS):
         raise UserError(_how_to_prepare(data, folder))
     meta = read_meta(folder)

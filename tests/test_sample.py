@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,31 @@ def test_the_weights_are_the_checkpoints(out_dir):
     assert all(torch.equal(weights[f"model.{name}"], p) for name, p in model.named_parameters())
 
 
+def test_without_a_best_checkpoint_it_is_the_latest(out_dir, tmp_path, capsys):
+    shutil.copytree(out_dir / "checkpoints" / "latest", tmp_path / "checkpoints" / "latest")
+    assert run(capsys, tmp_path, "--num_samples=1", "--start=a") == run(capsys, out_dir, "--num_samples=1", "--start=a")
+
+
+def test_the_tokens_may_be_elsewhere_and_the_start_in_a_file(out_dir, tmp_path, capsys):
+    (tmp_path / "words").mkdir()
+    for name in ("meta.pkl", "manifest.json"):
+        shutil.copy(out_dir.parent / "data" / "words" / name, tmp_path / "words")
+    (tmp_path / "start.txt").write_text("the c")
+    moved = [f"--data_dir={tmp_path}", f"--start=FILE:{tmp_path / 'start.txt'}"]
+    assert run(capsys, out_dir, *moved) == run(capsys, out_dir, "--start=the c")
+
+
+def test_another_tokenizer_is_refused(out_dir, tmp_path):
+    write_dataset(tmp_path / "words", tiny_text(200).upper(), tiny_text(200))
+    with pytest.raises(UserError, match="is not the one that"):
+        sample.main([f"--out_dir={out_dir}", f"--data_dir={tmp_path}", "--device=cpu", "--start=a"])
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--start="], "at least one character"),
+        (["--start=FILE:nowhere.txt"], "--start=FILE:nowhere.txt: cannot read"),
         (["--start=Ω"], "do not include 'Ω'"),
         (["--checkpoint=rolling_step_7"], "rolling_step_7"),
         (["--temperature=-1"], "must not be negative"),
