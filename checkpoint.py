@@ -312,12 +312,12 @@ def set_aside(out_dir: str | Path) -> str | None:
     return f"Starting from scratch: the checkpoints of run {name} are now in {aside}"
 
 
-def check_free_space(out_dir: str | Path, checkpoint_bytes: int, cfg: CheckpointConfig) -> str | None:
+def check_free_space(out_dir: str | Path, checkpoint_bytes: int, cfg: CheckpointConfig, replaces: bool) -> str | None:
     """A warning if the disk cannot hold all tiers that `cfg` asks for; UserError if it cannot hold two checkpoints.
 
-    What is in out_dir/checkpoints already counts as room, for it will be replaced.
+    Where the run `replaces` what is in out_dir/checkpoints (it goes on with it, rather than setting it aside), that is room too.
     """
-    files = [path.stat() for path in (Path(out_dir) / FOLDER).rglob("*") if path.is_file()]
+    files = [path.stat() for path in (Path(out_dir) / FOLDER).rglob("*") if replaces and path.is_file()]
     room_bytes = shutil.disk_usage(out_dir).free + sum({status.st_ino: status.st_size for status in files}.values())
     copies = 4  # latest, latest_backup, best_model and the one that is being written
     if cfg.always_save_checkpoint:
@@ -334,7 +334,8 @@ def check_free_space(out_dir: str | Path, checkpoint_bytes: int, cfg: Checkpoint
 def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]]) -> None:
     """Compares sections of a checkpoint's state ("model", "data") with this run's. UserError with a table of what differs.
 
-    A model knob that the checkpoint does not know, because it is newer, had the value that is its default now.
+    A model knob that the checkpoint does not know, because it is newer, had the value that is its default now. None is a value
+    that is not known (data without a manifest), and fits any.
     """
     rows = []
     for section, values in expected.items():
@@ -342,7 +343,7 @@ def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]])
         saved = state.get(section, {})
         for knob in sorted(saved.keys() | values.keys()):
             before, now = saved.get(knob, defaults.get(knob, "(none)")), values.get(knob, "(none)")
-            if before != now:
+            if before != now and None not in (before, now):
                 rows.append((knob, str(before), str(now)))
     if rows:
         raise UserError("the checkpoint does not fit this run:\n" + table(("knob", "checkpoint", "this run"), rows))

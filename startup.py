@@ -102,7 +102,7 @@ class TrainState:
 def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What a checkpoint must share with the run that resumes it: the model's shape, and the data with its tokenizer."""
     shape = {name: value for name, value in vars(cfg.model).items() if name not in NOT_SHAPE}
-    return {"model": shape, "data": {name: value for name, value in dataset.fingerprint().items() if value is not None}}
+    return {"model": shape, "data": dataset.fingerprint()}
 
 
 def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:
@@ -125,7 +125,8 @@ def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Chec
             raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
         else:
             notes.append(f"nothing saved in {out_dir} yet: starting from scratch")
-    if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint)):
+    replaces = checkpoint is not None and is_own(cfg, checkpoint)
+    if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint, replaces)):
         notes.append(warning)
     return checkpoint, notes
 

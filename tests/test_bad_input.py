@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(trained: Path, tmp_path: Path) -> Iterator[Runs]:
-    shutil.copytree(trained, tmp_path / "runs")
+    shutil.copytree(trained, tmp_path / "runs", ignore=shutil.ignore_patterns("*.stdout", "*.stderr"))
     with Runs(tmp_path / "runs") as runs:
         yield runs
 
@@ -228,7 +228,7 @@ def test_out_dir_cannot_be_made(runs: Runs) -> None:
 
 
 def test_two_runs_on_one_out_dir(runs: Runs) -> None:
-    first = runs.start("busy", "--max_iters=1000000", "--checkpoint_minutes=0", "--log_interval=1000")
+    first = runs.start("busy", "--max_iters=1000000", "--checkpoint_minutes=0", "--keep_epochs=0", "--log_interval=1000")
     first.wait_for("Iter 1 |")
     for flags in ((), ("--resume=latest",)):
         second = runs.start("busy", *flags)

@@ -240,6 +240,11 @@ def test_a_knob_newer_than_the_checkpoint_had_its_default() -> None:
     assert str(error.value).splitlines()[2:] == ["qk_norm  False       True"]
 
 
+def test_what_is_not_known_fits() -> None:
+    check_compatible({"data": {"train_sha256": None}}, {"data": {"train_sha256": "abc"}})
+    check_compatible({"data": {"train_sha256": "abc"}}, {"data": {"train_sha256": None}})
+
+
 # Machines that die
 
 
@@ -413,9 +418,9 @@ def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, 
     cfg = CheckpointConfig(keep_rolling=3, keep_epochs=2)  # and latest, its backup, the best one, the one being written: 9
     if answer == "error":
         with pytest.raises(UserError, match=r"1,999 bytes.*1,000: not even two"):
-            check_free_space(tmp_path, 1000, cfg)
+            check_free_space(tmp_path, 1000, cfg, replaces=False)
     else:
-        line = check_free_space(tmp_path, 1000, cfg)
+        line = check_free_space(tmp_path, 1000, cfg, replaces=False)
         assert (line is None) == (answer is None)
         assert line is None or ("9,000" in line and f"{free:,}" in line)
 
@@ -423,9 +428,9 @@ def test_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, 
 def test_checkpoints_that_will_be_replaced_are_room(saver: Saver, monkeypatch: pytest.MonkeyPatch) -> None:
     saver(1, "latest", "best_model", tensors={"model.a": torch.zeros(1000)})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    check_free_space(saver.out_dir, 2000, CheckpointConfig())  # two of 2,000 fit where 4,000 and a little are
+    check_free_space(saver.out_dir, 2000, CheckpointConfig(), replaces=True)  # two of 2,000 fit where 4,000 and a little are
     with pytest.raises(UserError):
-        check_free_space(saver.out_dir, 4000, CheckpointConfig())  # shared files count once
+        check_free_space(saver.out_dir, 4000, CheckpointConfig(), replaces=True)  # shared files count once
 
 
 # Commands
