@@ -23,6 +23,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual and its layer_norm: x and residual (..., C) -> (..., C) each. The norm is that of the rounded sum."""
+    total = x + residual
+    return total, layer_norm(total, weight, bias, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual and its rms_norm: x and residual (..., C) -> (..., C) each. The norm is that of the rounded sum."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, where silu(z) = z * sigmoid(z): gate_up (..., 2F), gate first -> (..., F)."""
     gate, up = gate_up.chunk(2, dim=-1)  # (..., F) each

@@ -1,0 +1,315 @@
+"""What rms_norm.py and layer_norm.py share: one Triton kernel forwards, one backwards, and one that adds up weight gradients.
+
+With s = x (+ residual), m = mean(s) (0 for RMSNorm), r = 1 / sqrt(mean((s - m)^2) + eps), z = (s - m) r, and everything in float32:
+
+    forward   y = weight z (+ bias)
+    backward  g = weight dy;  ds = r (g - z mean(g z) - mean(g)) (+ d_sum), without mean(g) for RMSNorm
+              d_weight = sum of dy z over the rows, d_bias = sum of dy over the rows
+
+Memory traffic is all there is to win, so each tensor passes once. A program walks over every n-th tile of a few whole rows with the
+weight in registers. A row is two blocks of columns, each a power of two as Triton wants it, the first one full: 2,304 = 2,048 + 256,
+where one masked block would waste 1,792 of 4,096 lanes. Backwards each program keeps its weight gradients in registers and writes
+them once; `_sum_partials` adds the programs' parts in a fixed order, so that two runs agree bit for bit.
+
+Legend: M rows, C columns of a row, A and B columns of its two blocks, R rows of a tile, P programs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_WIDTH = 65_536
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SUM_ROWS, SUM_COLUMNS = 32, 16  # of the tiles in which partial sums are added up
+
+
+@triton.jit
+def _forward(
+    x,
+    residual,  # None without the addition
+    weight,
+    bias,  # None without one
+    total,
+    y,
+    mean,
+    rstd,
+    M,
+    x_stride,
+    residual_stride,
+    eps,
+    RMS: tl.constexpr,
+    C: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    R: tl.constexpr,
+):
+    a, b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]  # (1, A), (1, B)
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # (R, 1)
+    in_a = row < M
+    in_b = in_a & (b < C)
+    row = row.to(tl.int64)  # a large tensor has more than 2^31 elements
+    s_a = tl.load(x + row * x_stride + a, in_a, 0.0)  # (R, A)
+    s_b = tl.load(x + row * x_stride + b, in_b, 0.0)  # (R, B)
+    if residual is not None:
+        s_a = (s_a.to(tl.float32) + tl.load(residual + row * residual_stride + a, in_a, 0.0).to(tl.float32)).to(s_a.dtype)
+        s_b = (s_b.to(tl.float32) + tl.load(residual + row * residual_stride + b, in_b, 0.0).to(tl.float32)).to(s_b.dtype)
+        tl.store(total + row * C + a, s_a, in_a)
+        tl.store(total + row * C + b, s_b, in_b)
+    z_a, z_b = s_a.to(tl.float32), s_b.to(tl.float32)
+    if not RMS:
+        m = (tl.sum(z_a, 1, keep_dims=True) + tl.sum(z_b, 1, keep_dims=True)) / C  # (R, 1)
+        z_a, z_b = z_a - m, tl.where(in_b, z_b - m, 0.0)
+        tl.store(mean + row, m, in_a)
+    r = 1 / tl.sqrt((tl.sum(z_a * z_a, 1, keep_dims=True) + tl.sum(z_b * z_b, 1, keep_dims=True)) / C + eps)  # (R, 1)
+    tl.store(rstd + row, r, in_a)
+    y_a = z_a * r * tl.load(weight + a).to(tl.float32)
+    y_b = z_b * r * tl.load(weight + b, b < C, 0.0).to(tl.float32)
+    if bias is not None:
+        y_a += tl.load(bias + a).to(tl.float32)
+        y_b += tl.load(bias + b, b < C, 0.0).to(tl.float32)
+    tl.store(y + row * C + a, y_a.to(s_a.dtype), in_a)
+    tl.store(y + row * C + b, y_b.to(s_b.dtype), in_b)
+
+
+@triton.jit
+def _backward(
+    dy,
+    d_total,  # None where there was no addition, or nothing but the norm used its result
+    s,
+    weight,
+    mean,
+    rstd,
+    ds,
+    weight_partials,  # (P, C) float32
+    bias_partials,  # the same, None without a bias
+    M,
+    dy_stride,
+    d_total_stride,
+    s_stride,
+    RMS: tl.constexpr,
+    C: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    R: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    a, b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]  # (1, A), (1, B)
+    weight_a = tl.load(weight + a).to(tl.float32)
+    weight_b = tl.load(weight + b, b < C, 0.0).to(tl.float32)
+    d_weight_a, d_weight_b = tl.zeros((R, A), tl.float32), tl.zeros((R, B), tl.float32)
+    d_bias_a, d_bias_b = d_weight_a, d_weight_b
+    for first in tl.range(tl.program_id(0) * R, M, tl.num_programs(0) * R, num_stages=STAGES):
+        row = first + tl.arange(0, R)[:, None]  # (R, 1)
+        in_a = row < M
+        in_b = in_a & (b < C)
+        r = tl.load(rstd + first + tl.arange(0, R), first + tl.arange(0, R) < M, 0.0)[:, None]  # (R, 1)
+        row = row.to(tl.int64)  # a large tensor has more than 2^31 elements
+        z_a = tl.load(s + row * s_stride + a, in_a, 0.0).to(tl.float32)  # (R, A)
+        z_b = tl.load(s + row * s_stride + b, in_b, 0.0).to(tl.float32)  # (R, B)
+        dy_a = tl.load(dy + row * dy_stride + a, in_a, 0.0).to(tl.float32)
+        dy_b = tl.load(dy + row * dy_stride + b, in_b, 0.0).to(tl.float32)
+        if d_total is not None:  # asked for with the others, long before it is needed
+            d_total_a = tl.load(d_total + row * d_total_stride + a, in_a, 0.0).to(tl.float32)
+            d_total_b = tl.load(d_total + row * d_total_stride + b, in_b, 0.0).to(tl.float32)
+        if RMS:
+            z_a, z_b = z_a * r, z_b * r
+        else:
+            m = tl.load(mean + first + tl.arange(0, R), first + tl.arange(0, R) < M, 0.0)[:, None]
+            z_a, z_b = (z_a - m) * r, (z_b - m) * r  # beyond the last column it is not 0, but dy is
+        d_weight_a += dy_a * z_a
+        d_weight_b += dy_b * z_b
+        if bias_partials is not None:
+            d_bias_a += dy_a
+            d_bias_b += dy_b
+        g_a, g_b = dy_a * weight_a, dy_b * weight_b
+        if RMS:
+            gz = (tl.sum(g_a * z_a, 1, keep_dims=True) + tl.sum(g_b * z_b, 1, keep_dims=True)) / C  # (R, 1)
+            ds_a, ds_b = g_a - z_a * gz, g_b - z_b * gz
+        else:
+            both = (tl.sum(tl.join(g_a, g_a * z_a), 1) + tl.sum(tl.join(g_b, g_b * z_b), 1)) / C  # (R, 2): one pass for two sums
+            g, gz = tl.split(both)
+            ds_a, ds_b = g_a - z_a * gz[:, None] - g[:, None], g_b - z_b * gz[:, None] - g[:, None]
+        ds_a, ds_b = ds_a * r, ds_b * r
+        if d_total is not None:
+            ds_a, ds_b = ds_a + d_total_a, ds_b + d_total_b
+        tl.store(ds + row * C + a, ds_a.to(ds.dtype.element_ty), in_a)
+        tl.store(ds + row * C + b, ds_b.to(ds.dtype.element_ty), in_b)
+    partial = weight_partials + tl.program_id(0) * C
+    tl.store(partial + a, tl.sum(d_weight_a, 0, keep_dims=True))
+    tl.store(partial + b, tl.sum(d_weight_b, 0, keep_dims=True), b < C)
+    if bias_partials is not None:
+        partial = bias_partials + tl.program_id(0) * C
+        tl.store(partial + a, tl.sum(d_bias_a, 0, keep_dims=True))
+        tl.store(partial + b, tl.sum(d_bias_b, 0, keep_dims=True), b < C)
+
+
+@triton.jit
+def _sum_partials(
+    weight_partials, bias_partials, d_weight, d_bias, P, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """One program a few columns: (P, C) -> (C,)."""
+    partials, out = weight_partials, d_weight
+    if bias_partials is not None and tl.program_id(1) == 1:
+        partials, out = bias_partials, d_bias
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]  # (1, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, P, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+        total += tl.load(partials + row * C + column, (row < P) & (column < C), 0.0)
+    tl.store(out + column, tl.sum(total, 0, keep_dims=True).to(out.dtype.element_ty), column < C)
+
+
+class Plan(NamedTuple):
+    """How a kernel is laid over the device."""
+
+    rows: int  # of a tile
+    warps: int
+    programs: int
+    stages: int  # tiles of which loading or computing is under way at a time
+
+
+def blocks(width: int) -> tuple[int, int]:
+    """The columns of a row's two blocks, powers of two: the largest one below the width (1 for 1), and what covers the rest."""
+    first = 1 << max(0, (width - 1).bit_length() - 1)
+    return first, triton.next_power_of_2(max(1, width - first))
+
+
+def tile_rows(width: int) -> int:
+    """A tile has about 2,048 elements, or one row."""
+    return max(1, 2048 // triton.next_power_of_2(width))
+
+
+def warps_for(width: int, columns_per_warp: int) -> int:
+    return min(32, triton.next_power_of_2(triton.cdiv(width, columns_per_warp)))
+
+
+def forward_plan(n_rows: int, width: int) -> Plan:
+    """One warp a row of up to 2,304 columns needs no barrier, and enough programs fit beside it to hide the memory's latency."""
+    rows = tile_rows(width)
+    return Plan(rows, warps_for(width, 2304), triton.cdiv(n_rows, rows), 1)
+
+
+def backward_plan(s: Tensor, n_rows: int) -> Plan:
+    """As many programs as keep 8,192 elements of a tensor in flight on each multiprocessor: more only write more partial sums."""
+    width = s.shape[-1]
+    rows = tile_rows(width)
+    multiprocessors = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 1
+    programs = multiprocessors * max(1, 8192 // (rows * width))
+    buffers = min(2, 32_768 // (rows * sum(blocks(width)) * s.element_size()))  # 3 tensors of 2 x 16 KiB in shared memory
+    return Plan(rows, warps_for(width, 1024), min(programs, triton.cdiv(n_rows, rows)), 1 + buffers)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., C) -> (M, C) whose elements of a row are neighbours in memory; a copy only where strides leave no other way."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("nanotrain::row_norm", mutates_args=())
+def row_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and residual (..., C) -> x + residual and its norm, (..., C) each, mean and 1/deviation of each row, (M,) float32 each.
+
+    The sum is empty without a residual, the mean with `rms`.
+    """
+    total, y, mean, rstd = row_norm_outputs(x, residual, weight, bias, eps, rms)
+    rows = as_rows(x)
+    residual_rows = None if residual is None else as_rows(residual)
+    plan = forward_plan(len(rows), x.shape[-1])
+    if len(rows):
+        with torch.cuda.device_of(x):
+            _forward[(plan.programs,)](
+                rows, residual_rows, weight, bias, total, y, mean, rstd,
+                len(rows), rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps,
+                rms, x.shape[-1], *blocks(x.shape[-1]), plan.rows, num_warps=plan.warps,
+            )  # fmt: skip
+    return total, y, mean, rstd
+
+
+@row_norm.register_fake
+def row_norm_outputs(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_rows = x.numel() // x.shape[-1]
+    total = x.new_empty(0 if residual is None else x.shape)
+    mean = x.new_empty(0 if rms else n_rows, dtype=torch.float32)
+    return total, x.new_empty(x.shape), mean, x.new_empty(n_rows, dtype=torch.float32)
+
+
+@torch.library.custom_op("nanotrain::row_norm_backward", mutates_args=())
+def row_norm_backward(
+    dy: Tensor, d_total: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rms: bool, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum, of which x and the residual have the same, of weight, and of bias (empty without one)."""
+    ds, d_weight, d_bias = row_norm_backward_outputs(dy, d_total, s, weight, mean, rstd, rms, has_bias)
+    width = s.shape[-1]
+    s_rows, dy_rows = as_rows(s), as_rows(dy)
+    d_total_rows = None if d_total is None else as_rows(d_total)
+    plan = backward_plan(s, len(s_rows))
+    weight_partials = s.new_empty(plan.programs, width, dtype=torch.float32)
+    bias_partials = torch.empty_like(weight_partials) if has_bias else None
+    with torch.cuda.device_of(s):
+        if plan.programs:
+            _backward[(plan.programs,)](
+                dy_rows, d_total_rows, s_rows, weight, mean, rstd, ds, weight_partials, bias_partials,
+                len(s_rows), dy_rows.stride(0), 0 if d_total_rows is None else d_total_rows.stride(0), s_rows.stride(0),
+                rms, width, *blocks(width), plan.rows, plan.stages, num_warps=plan.warps,
+            )  # fmt: skip
+        grid = (triton.cdiv(width, SUM_COLUMNS), 1 + has_bias)
+        _sum_partials[grid](
+            weight_partials, bias_partials, d_weight, d_bias, plan.programs, width, SUM_ROWS, SUM_COLUMNS, num_warps=8
+        )
+    return ds, d_weight, d_bias
+
+
+@row_norm_backward.register_fake
+def row_norm_backward_outputs(
+    dy: Tensor, d_total: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rms: bool, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return s.new_empty(s.shape), torch.empty_like(weight), weight.new_empty(weight.shape if has_bias else 0)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, residual, weight, bias, _, ctx.rms = inputs
+    total, _, mean, rstd = output
+    ctx.fused, ctx.has_bias = residual is not None, bias is not None
+    ctx.save_for_backward(total if ctx.fused else x, weight, mean, rstd)
+    ctx.set_materialize_grads(False)  # no zeros are written and read for a result that nothing used
+
+
+def _gradients(ctx, d_total, dy, d_mean, d_rstd):
+    if dy is None:
+        return d_total, d_total, None, None, None, None
+    ds, d_weight, d_bias = row_norm_backward(dy, d_total, *ctx.saved_tensors, ctx.rms, ctx.has_bias)
+    return ds, ds if ctx.fused else None, d_weight, d_bias if ctx.has_bias else None, None, None
+
+
+row_norm.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
+    """Raise ValueError, naming the tensor, where the kernels cannot take these."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}; the norm kernels take float32, bfloat16 and float16")
+    if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the norm kernels take rows of 1 to {MAX_WIDTH:,} columns")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, "
+            f"but x is {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.shape != x.shape[-1:]:
+            raise ValueError(f"{name} has shape {tuple(vector.shape)}; rows of x have {x.shape[-1]} columns")
+        if vector.dtype not in (torch.float32, x.dtype):
+            raise ValueError(f"{name} is {vector.dtype}; it must be float32 or x's {x.dtype}")
+        if vector.device != x.device:
+            raise ValueError(f"{name} is on {vector.device}, but x is on {x.device}")
