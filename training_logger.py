@@ -120,7 +120,7 @@ def step_lines(record: dict[str, Any]) -> list[str]:
     if mfu["peak_tflops"] is not None:
         rates = f"MFU: {mfu['mfu_percent']:.2f}% | {rates} | Peak: {figure(mfu['peak_tflops'])} TF"
     flops = mfu["flops_per_token"]
-    per_token = f"{flops / 1e9:.1f} GF" if flops >= 1e9 else f"{flops / 1e6:.1f} MF"
+    per_token = f"{flops / 1e9:.1f} GF" if flops >= 1e9 else f"{figure(flops / 1e6)} MF"
     lines = [
         f"Iter {record['iter']} | Loss: {record['loss']:.4f} | Time: {time_text} | LR: {record['lr']:.2e}",
         f"{rates} | Tokens/s: {mfu['tokens_per_sec']:,.0f} | FLOPs/token: {per_token}",
@@ -173,15 +173,19 @@ def tagged(record: dict[str, Any]) -> dict[str, float]:
     return {tag: value for tag, value in tags.items() if value is not None}
 
 
+def import_tensorboard() -> tuple[Any, Any]:
+    """(Summary, SummaryWriter). Raises UserError where the package is missing."""
+    try:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--use_tensorboard: {error}; type: pip install tensorboard, or leave the flag out") from None
+    return Summary, SummaryWriter
+
+
 class TensorBoard:
-    def __init__(self, folder: Path, cfg: Config, resume_iter: int | None) -> None:
-        """Raises UserError where the package is missing."""
-        try:
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(f"--use_tensorboard: {error}; type: pip install tensorboard, or leave the flag out") from None
-        self._summary = Summary
+    def __init__(self, folder: Path, resume_iter: int | None) -> None:
+        self._summary, SummaryWriter = import_tensorboard()
         # From purge_step on, TensorBoard hides what an earlier process of this run wrote.
         purge_step = None if resume_iter is None else resume_iter + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=5)
@@ -228,6 +232,8 @@ class TrainingLogger:
         self.active = active
         if not active:
             return
+        if cfg.log.use_tensorboard:
+            import_tensorboard()  # a missing package is said before any file is touched
         self._cfg, self._t0_s, self._wall_before_s, self._iter = cfg, time.monotonic(), 0.0, resume_iter or 0
         self._progress, self._throughput = Progress(), None
         out_dir = Path(cfg.run.out_dir)
@@ -249,7 +255,7 @@ class TrainingLogger:
         self._put_summary("running")
         self._sinks: list[TensorBoard | WeightsAndBiases] = []
         if cfg.log.use_tensorboard:
-            self._sinks.append(TensorBoard(board, cfg, resume_iter))
+            self._sinks.append(TensorBoard(board, resume_iter))
         if cfg.log.wandb_log:
             try:
                 self._sinks.append(WeightsAndBiases(out_dir, run_name, cfg))
