@@ -169,9 +169,7 @@ class SampleConfig:
     """The knobs of sample.py, which is a command of its own."""
 
     out_dir: str = "out"  # of the run whose checkpoint is read
-    checkpoint: str = (
-        "best"  # best (or the latest, where no evaluation has found one), latest, a tier's name or a checkpoint's folder
-    )
+    checkpoint: str = "best"  # best (the latest where none is marked best), latest, a tier's name or a checkpoint's folder
     data_dir: str = ""  # the folder that holds the run's dataset, for its tokenizer; empty takes the run's own data_dir
     start: str = "\n"  # the text to continue, or FILE:path of a file that holds it
     num_samples: int = 3  # continuations, drawn together as one batch
@@ -217,6 +215,7 @@ class Knob:
 
     name: str
     section: str
+    owner: str  # the section's class
     type: Any
     optional: bool
     default: Any
@@ -247,7 +246,7 @@ def knobs_of(sections: dict[str, type]) -> dict[str, Knob]:
             if isinstance(kind, types.UnionType):  # X | None
                 kind, optional = next(a for a in typing.get_args(kind) if a is not type(None)), True
             assert f.name not in knobs, f"two knobs are named {f.name}"
-            knobs[f.name] = Knob(f.name, section, kind, optional, f.default)
+            knobs[f.name] = Knob(f.name, section, cls.__name__, kind, optional, f.default)
     return knobs
 
 
@@ -528,10 +527,14 @@ def nearest(values: list[int], target: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def knob_comments() -> dict[str, str]:
-    """Each knob's one-line meaning: the comment behind it in this file."""
-    line = re.compile(r"    (\w+): .+? = .+?  # (.+)")
-    return {m[1]: m[2] for m in map(line.fullmatch, Path(__file__).read_text(encoding="utf-8").splitlines()) if m}
+def knob_comments() -> dict[tuple[str, str], str]:
+    """(class of the section, knob) -> its one-line meaning: the comment behind it in this file."""
+    line, comments, owner = re.compile(r"class (\w+):|    (\w+): .+? = .+?  # (.+)"), {}, ""
+    for found in filter(None, map(line.fullmatch, Path(__file__).read_text(encoding="utf-8").splitlines())):
+        owner = found[1] or owner
+        if found[2]:
+            comments[owner, found[2]] = found[3]
+    return comments
 
 
 def print_help(knobs: dict[str, Knob]) -> None:
@@ -542,7 +545,7 @@ def print_help(knobs: dict[str, Knob]) -> None:
         if knob.section != section:
             section = knob.section
             print(f"\n{section}")
-        print(f"  --{knob.name}={knob.default!r} ({knob.type_name})\n        {comments[knob.name]}")
+        print(f"  --{knob.name}={knob.default!r} ({knob.type_name})\n        {comments[knob.owner, knob.name]}")
     print("\naliases: " + ", ".join(f"--{a} = --{b}" for a, b in ALIASES.items() if b in knobs))
 
 
