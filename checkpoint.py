@@ -312,6 +312,14 @@ def set_aside(out_dir: str | Path) -> str | None:
     return f"Starting from scratch: the checkpoints of run {name} are now in {aside}"
 
 
+def most_copies(cfg: CheckpointConfig) -> int:
+    """Checkpoints that may be on the disk at the same time."""
+    copies = 4  # latest, latest_backup, best_model and the one that is being written
+    if cfg.always_save_checkpoint:
+        copies += (cfg.keep_rolling if cfg.rolling_interval else 0) + cfg.keep_epochs
+    return copies
+
+
 def check_free_space(out_dir: str | Path, checkpoint_bytes: int, cfg: CheckpointConfig, replaces: bool) -> str | None:
     """A warning if the disk cannot hold all tiers that `cfg` asks for; UserError if it cannot hold two checkpoints.
 
@@ -319,9 +327,7 @@ def check_free_space(out_dir: str | Path, checkpoint_bytes: int, cfg: Checkpoint
     """
     files = [path.stat() for path in (Path(out_dir) / FOLDER).rglob("*") if replaces and path.is_file()]
     room_bytes = shutil.disk_usage(out_dir).free + sum({status.st_ino: status.st_size for status in files}.values())
-    copies = 4  # latest, latest_backup, best_model and the one that is being written
-    if cfg.always_save_checkpoint:
-        copies += (cfg.keep_rolling if cfg.rolling_interval else 0) + cfg.keep_epochs
+    copies = most_copies(cfg)
     if room_bytes >= copies * checkpoint_bytes:
         return None
     room = f"{out_dir} has room for {room_bytes:,} bytes, and a checkpoint takes {checkpoint_bytes:,}"

@@ -28,6 +28,7 @@ from checkpoint import (
     check_free_space,
     find_checkpoint,
     lock_out_dir,
+    most_copies,
     set_aside,
 )
 from configurator import Config, UserError
@@ -105,12 +106,15 @@ def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     return {"model": shape, "data": dataset.fingerprint()}
 
 
-def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:
-    """(the checkpoint to resume, lines to log). Locks out_dir until the stack is closed; an evaluation only reads it."""
+def refuse_pretrained(cfg: Config) -> None:
     if cfg.checkpoint.init_from not in ("scratch", "resume"):
         raise UserError(
             f"--init_from={cfg.checkpoint.init_from}: this version loads no pretrained weights; pass scratch or resume"
         )
+
+
+def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:
+    """(the checkpoint to resume, lines to log). Locks out_dir until the stack is closed; an evaluation only reads it."""
     notes: list[str] = []
     out_dir, writes = Path(cfg.run.out_dir), not cfg.eval.eval_only
     if writes:
@@ -190,8 +194,8 @@ def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Call
     device = next(model.parameters()).device
     if not cfg.run.compile:
         return model
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        say("not compiled: on a CPU torch.compile needs a C++ compiler; install g++, or pass --compile=False")
+    if missing := missing_compiler(device):
+        say(f"not compiled: torch.compile needs {missing} here; install gcc, or pass --compile=False")
         return model
     t0_s, before = time.perf_counter(), random_state(device)
     forward = torch.compile(model)
@@ -203,6 +207,15 @@ def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Call
     set_random_state(before, device)
     say(f"compiled in {time.perf_counter() - t0_s:.1f} s")
     return forward
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile would not find: for a CPU it writes C++, and for a GPU Triton builds its launchers in C."""
+    if device.type == "cpu":
+        kind, names = "a C++ compiler", (os.environ.get("CXX", "c++"), "g++", "clang++")
+    else:
+        kind, names = "a C compiler", (os.environ.get("CC", "gcc"), "clang")
+    return None if any(map(shutil.which, names)) else kind
 
 
 def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype) -> tuple[dict[str, dict[str, Any]], Throughput]:
@@ -284,24 +297,29 @@ def data_info(cfg: Config, dataset: Dataset) -> dict[str, Any]:
         "val_tokens": len(dataset.val),
         "tokenizer": dataset.tokenizer,
         "vocab_size": dataset.vocab_size,
-        "epochs": round(cfg.optim.max_iters * batch / per_epoch, 2),
+        "epochs": float(f"{cfg.optim.max_iters * batch / per_epoch:.3g}"),
     }
 
 
 def output_info(cfg: Config) -> dict[str, Any]:
     size_gb, free_gb = checkpoint_bytes(cfg.model) / 1e9, shutil.disk_usage(Path(cfg.run.out_dir)).free / 1e9
-    return {"out_dir": cfg.run.out_dir, "checkpoint_gb": round(size_gb, 3), "free_disk_gb": round(free_gb, 1)}
+    return {
+        "out_dir": cfg.run.out_dir,
+        "checkpoint_gb": round(size_gb, 3),
+        "all_checkpoints_gb": round(most_copies(cfg.checkpoint) * size_gb, 3),  # at most, while one is being written
+        "free_disk_gb": round(free_gb, 1),
+    }
 
 
 def gpu_memory_gb(device: torch.device) -> float | None:
     return round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if device.type == "cuda" else None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def out_of_memory_help(cfg: Config, error: RuntimeError) -> str:
+def out_of_memory_help(cfg: Config, error: RuntimeError | MemoryError) -> str:
     """Where the memory went, and the knobs that need less. The vocabulary may still be unknown: then it counts as GPT-2's."""
     model = cfg.model if cfg.model.vocab_size else dataclasses.replace(cfg.model, vocab_size=50_304)
     n = count_parameters(model).total
@@ -314,7 +332,7 @@ def out_of_memory_help(cfg: Config, error: RuntimeError) -> str:
     table = "\n".join(f"  {name:40s} {gb:8.2f} GB" for name, gb in rows)
     half, double = max(1, cfg.data.batch_size // 2), 2 * cfg.data.gradient_accumulation_steps
     return (
-        f"out of memory: {str(error).splitlines()[0]}\n{table}\n"
+        f"out of memory: {(str(error) or 'MemoryError').splitlines()[0]}\n{table}\n"
         f"What needs less: --batch_size={half} --gradient_accumulation_steps={double} (the same tokens a step), "
         f"--gradient_checkpointing, a shorter --block_size (now {cfg.model.block_size:,}), fewer or narrower layers"
     )

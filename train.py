@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     except NonFiniteRun as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_NON_FINITE
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not startup.is_out_of_memory(error):
             raise
         print(f"error: {startup.out_of_memory_help(cfg, error)}", file=sys.stderr)
@@ -64,6 +64,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     ranks = start_ranks(cfg.run)
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
     stop = StopRequest(cfg.run.max_hours)
+    startup.refuse_pretrained(cfg)
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
     dataset = load_dataset(cfg.data, cfg.model.block_size)
@@ -89,7 +90,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
 
     # 6. Logger: the start report, then one record a logged step. Rank 0 writes, the others are silent.
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
-    log = TrainingLogger(cfg, state.run_name, resume_iter, active=ranks.is_main)
+    log = TrainingLogger(cfg, state.run_name, resume_iter, checkpoint and checkpoint.state["run_name"], active=ranks.is_main)
     stack.push(lambda kind, error, _: log.close(f"{kind.__name__}: {error}" if kind else stop.reason or "finished"))
     info, throughput = startup.start_report(cfg, dataset, ranks, dtype)
     log.report(info, throughput)
@@ -265,12 +266,13 @@ def draw_sample(run: Run, prompt: Prompt) -> None:
 def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:
     """The checkpoints that are due after this step; `epoch_before` is the data's epoch before it."""
     cfg, step, tiers = run.cfg.checkpoint, run.state.step, []
+    at_end = step == run.cfg.optim.max_iters
     if improved:
         tiers.append("best_model")
-    if not cfg.always_save_checkpoint:
-        return tiers
-    minutes = (time.monotonic() - run.saved_s) / 60
-    if due(step, cfg.checkpoint_interval) or (cfg.checkpoint_minutes and minutes >= cfg.checkpoint_minutes):
+    if not cfg.always_save_checkpoint:  # but a `latest` that an earlier process left must not outlive a newer best_model
+        return [*tiers, "latest"] if improved and (run.in_latest or at_end) else tiers
+    overdue = 0 < cfg.checkpoint_minutes <= (time.monotonic() - run.saved_s) / 60
+    if at_end or overdue or due(step, cfg.checkpoint_interval):
         tiers.append("latest")
     if due(step, cfg.rolling_interval) and cfg.keep_rolling:
         tiers.append(f"rolling_step_{step}")

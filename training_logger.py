@@ -223,10 +223,18 @@ class WeightsAndBiases:
 class TrainingLogger:
     """One run's log. Methods are called from the training thread; none of them raises when a disk or a service fails."""
 
-    def __init__(self, cfg: Config, run_name: str, resume_iter: int | None = None, active: bool = True) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        run_name: str,
+        resume_iter: int | None = None,
+        resumed_name: str | None = None,
+        active: bool = True,
+    ) -> None:
         """Opens the log of `run_name`: the run's own file, cut back to `resume_iter`, or a new one.
 
-        A run from scratch (resume_iter None) never overwrites: files of an earlier run with this name are set aside.
+        Never overwrites another run's: files with this name are set aside by a run from scratch (resume_iter None), and by
+        one that goes on under another name than the checkpoint's, `resumed_name`.
         With `active` False every method works and does nothing. Raises UserError where out_dir cannot be written.
         """
         self.active = active
@@ -240,7 +248,8 @@ class TrainingLogger:
         path, board = log_path(out_dir, run_name), out_dir / "tensorboard" / run_name
         try:
             out_dir.mkdir(parents=True, exist_ok=True)
-            moved = set_aside([path, path.with_suffix(".log"), board]) if resume_iter is None else []
+            is_new = resume_iter is None or resumed_name not in (None, run_name)
+            moved = set_aside([path, path.with_suffix(".log"), board]) if is_new else []
             self._console = Console(path.with_suffix(".log"), cfg.log.console)
             sections = {"run_name": run_name, "config": {"values": cfg.values(), "origins": cfg.origins}}
             if resume_iter is None:

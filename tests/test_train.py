@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -387,6 +388,23 @@ def test_only_the_best_and_the_last(runs: Runs) -> None:
     runs.run("out", *knobs.split())
     assert runs.tiers("out").keys() == {"latest", "best_model"}
     assert {record["tier"] for record in runs.log("out")["checkpoints"] if record["iter"] < 60} == {"best_model"}
+
+
+def test_a_latest_of_an_earlier_process_does_not_outlive_a_newer_best(runs: Runs) -> None:
+    knobs = "--always_save_checkpoint=False --eval_interval=10".split()
+    runs.run("out", *knobs, "--max_iters=5")
+    runs.start("out", *knobs, "--max_iters=100000", "--resume=latest").wait_for("checkpoint latest at step 20")
+    assert runs.tiers("out")["latest"] >= 20
+
+
+def test_going_on_under_the_name_of_another_run_keeps_its_log(runs: Runs) -> None:
+    runs.run("out", "--run_name=first")
+    runs.run("out", "--run_name=second", "--max_iters=4")
+    before = (runs.folder / "out" / "run_first.json").read_bytes()
+    runs.run("out", "--run_name=first", "--max_iters=6", "--resume=latest")
+    assert (runs.folder / "out" / "run_first.json.1").read_bytes() == before
+    (log,) = (path for path in (runs.folder / "out").glob("run_first.json"))
+    assert [record["iter"] for record in json.loads(log.read_text())["training_iterations"]] == [5, 6]
 
 
 def test_minutes_between_checkpoints(runs: Runs) -> None:
