@@ -1,7 +1,7 @@
 """RMSNorm (Zhang and Sennrich 2019) in Triton: y = weight * s / sqrt(mean(s^2) + eps) over the last axis.
 
-s is x or x + residual. The kernels are row_norm.py's. Every function is what reference.py's function of the same name is, gradients included:
-statistics and weight gradients in float32, results in the inputs' dtype; bit for bit the same from run to run.
+s is x or x + residual; row_norm.py has the kernels. Every function is what reference.py's of the same name is, gradients
+included: statistics and weight gradients in float32, results in the inputs' dtype.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """What rms_norm.py and layer_norm.py share: one Triton kernel forwards, one backwards, and one that adds up weight gradients.
 
-With s = x (+ residual), m = mean(s) (0 for RMSNorm), r = 1 / sqrt(mean((s - m)^2) + eps), z = (s - m) r, and everything in float32:
+With s = x (+ residual), m = mean(s) (0 for RMSNorm), r = 1 / sqrt(mean((s - m)^2) + eps), z = (s - m) r, all in float32:
 
     forward   y = weight z (+ bias)
     backward  g = weight dy;  ds = r (g - z mean(g z) - mean(g)) (+ d_sum), without mean(g) for RMSNorm
               d_weight = sum of dy z over the rows, d_bias = sum of dy over the rows
 
-Memory traffic is all there is to win, so each tensor passes once. A program walks over every n-th tile of a few whole rows with the
-weight in registers. A row is two blocks of columns, each a power of two as Triton wants it, the first one full: 2,304 = 2,048 + 256,
-where one masked block would waste 1,792 of 4,096 lanes. Backwards each program keeps its weight gradients in registers and writes
-them once; `_sum_partials` adds the programs' parts in a fixed order, so that two runs agree bit for bit.
+Memory traffic is all that they cost, so each tensor passes once. A row is two blocks of columns, each a power of two as Triton
+wants it, the first one full: 2,304 = 2,048 + 256, where one block under a mask would idle 1,792 of 4,096 lanes. Backwards a
+program walks over every P-th tile, keeps its part of the weight gradients in registers and writes it once; `_sum_partials`
+adds the parts in a fixed order. So two runs on the same GPU agree bit for bit. Beyond 8,192 columns (4,096 backwards in
+float32) a row no longer fits into the registers: right, but slower.
 
 Legend: M rows, C columns of a row, A and B columns of its two blocks, R rows of a tile, P programs.
 """
@@ -49,6 +50,9 @@ def _forward(
     R: tl.constexpr,
 ):
     a, b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]  # (1, A), (1, B)
+    # Asked for before the row, not where it is needed: behind the sums nothing would hide its latency.
+    weight_a = tl.load(weight + a).to(tl.float32)
+    weight_b = tl.load(weight + b, b < C, 0.0).to(tl.float32)
     row = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # (R, 1)
     in_a = row < M
     in_b = in_a & (b < C)
@@ -67,8 +71,7 @@ def _forward(
         tl.store(mean + row, m, in_a)
     r = 1 / tl.sqrt((tl.sum(z_a * z_a, 1, keep_dims=True) + tl.sum(z_b * z_b, 1, keep_dims=True)) / C + eps)  # (R, 1)
     tl.store(rstd + row, r, in_a)
-    y_a = z_a * r * tl.load(weight + a).to(tl.float32)
-    y_b = z_b * r * tl.load(weight + b, b < C, 0.0).to(tl.float32)
+    y_a, y_b = z_a * r * weight_a, z_b * r * weight_b
     if bias is not None:
         y_a += tl.load(bias + a).to(tl.float32)
         y_b += tl.load(bias + b, b < C, 0.0).to(tl.float32)
@@ -96,14 +99,14 @@ def _backward(
     A: tl.constexpr,
     B: tl.constexpr,
     R: tl.constexpr,
-    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     a, b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]  # (1, A), (1, B)
     weight_a = tl.load(weight + a).to(tl.float32)
     weight_b = tl.load(weight + b, b < C, 0.0).to(tl.float32)
     d_weight_a, d_weight_b = tl.zeros((R, A), tl.float32), tl.zeros((R, B), tl.float32)
     d_bias_a, d_bias_b = d_weight_a, d_weight_b
-    for first in tl.range(tl.program_id(0) * R, M, tl.num_programs(0) * R, num_stages=STAGES):
+    for first in tl.range(tl.program_id(0) * R, M, tl.num_programs(0) * R, num_stages=1 + AHEAD):
         row = first + tl.arange(0, R)[:, None]  # (R, 1)
         in_a = row < M
         in_b = in_a & (b < C)
@@ -170,7 +173,7 @@ class Plan(NamedTuple):
     rows: int  # of a tile
     warps: int
     programs: int
-    stages: int  # tiles of which loading or computing is under way at a time
+    ahead: int = 0  # tiles that a program loads ahead of the one at work
 
 
 def blocks(width: int) -> tuple[int, int]:
@@ -180,8 +183,8 @@ def blocks(width: int) -> tuple[int, int]:
 
 
 def tile_rows(width: int) -> int:
-    """A tile has about 2,048 elements, or one row."""
-    return max(1, 2048 // triton.next_power_of_2(width))
+    """A tile has up to 1,024 elements, or is one row."""
+    return max(1, 1024 // triton.next_power_of_2(width))
 
 
 def warps_for(width: int, columns_per_warp: int) -> int:
@@ -189,19 +192,23 @@ def warps_for(width: int, columns_per_warp: int) -> int:
 
 
 def forward_plan(n_rows: int, width: int) -> Plan:
-    """One warp a row of up to 2,304 columns needs no barrier, and enough programs fit beside it to hide the memory's latency."""
+    """One tile a program. Up to 2,304 columns one warp has a row, so that nothing waits at a barrier."""
     rows = tile_rows(width)
-    return Plan(rows, warps_for(width, 2304), triton.cdiv(n_rows, rows), 1)
+    return Plan(rows, warps_for(width, 2304), triton.cdiv(n_rows, rows))
 
 
 def backward_plan(s: Tensor, n_rows: int) -> Plan:
-    """As many programs as keep 8,192 elements of a tensor in flight on each multiprocessor: more only write more partial sums."""
+    """Few programs, because each one writes partial sums: tiles that are loaded ahead hide the memory's latency instead.
+
+    A multiprocessor works on 16 KiB of each tensor, up to 5 tiles, while 32 KiB of each (of three in a fused pass) are on the way.
+    """
     width = s.shape[-1]
     rows = tile_rows(width)
+    tile_bytes = rows * sum(blocks(width)) * s.element_size()
     multiprocessors = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 1
-    programs = multiprocessors * max(1, 8192 // (rows * width))
-    buffers = min(2, 32_768 // (rows * sum(blocks(width)) * s.element_size()))  # 3 tensors of 2 x 16 KiB in shared memory
-    return Plan(rows, warps_for(width, 1024), min(programs, triton.cdiv(n_rows, rows)), 1 + buffers)
+    resident = min(5, max(1, 16_384 // tile_bytes))
+    ahead = min(3, 32_768 // (resident * tile_bytes))
+    return Plan(rows, warps_for(width, 1024), min(multiprocessors * resident, triton.cdiv(n_rows, rows)), ahead)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -225,7 +232,7 @@ def row_norm(
     if len(rows):
         with torch.cuda.device_of(x):
             _forward[(plan.programs,)](
-                rows, residual_rows, weight, bias, total, y, mean, rstd,
+                rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), total, y, mean, rstd,
                 len(rows), rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps,
                 rms, x.shape[-1], *blocks(x.shape[-1]), plan.rows, num_warps=plan.warps,
             )  # fmt: skip
@@ -244,24 +251,24 @@ def row_norm_outputs(
 
 @torch.library.custom_op("nanotrain::row_norm_backward", mutates_args=())
 def row_norm_backward(
-    dy: Tensor, d_total: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rms: bool, has_bias: bool
+    dy: Tensor, d_total: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum, of which x and the residual have the same, of weight, and of bias (empty without one)."""
-    ds, d_weight, d_bias = row_norm_backward_outputs(dy, d_total, s, weight, mean, rstd, rms, has_bias)
+    ds, d_weight, d_bias = row_norm_backward_outputs(dy, d_total, s, weight, bias, mean, rstd, rms)
     width = s.shape[-1]
     s_rows, dy_rows = as_rows(s), as_rows(dy)
     d_total_rows = None if d_total is None else as_rows(d_total)
     plan = backward_plan(s, len(s_rows))
     weight_partials = s.new_empty(plan.programs, width, dtype=torch.float32)
-    bias_partials = torch.empty_like(weight_partials) if has_bias else None
+    bias_partials = None if bias is None else torch.empty_like(weight_partials)
     with torch.cuda.device_of(s):
         if plan.programs:
             _backward[(plan.programs,)](
-                dy_rows, d_total_rows, s_rows, weight, mean, rstd, ds, weight_partials, bias_partials,
+                dy_rows, d_total_rows, s_rows, weight.contiguous(), mean, rstd, ds, weight_partials, bias_partials,
                 len(s_rows), dy_rows.stride(0), 0 if d_total_rows is None else d_total_rows.stride(0), s_rows.stride(0),
-                rms, width, *blocks(width), plan.rows, plan.stages, num_warps=plan.warps,
+                rms, width, *blocks(width), plan.rows, plan.ahead, num_warps=plan.warps,
             )  # fmt: skip
-        grid = (triton.cdiv(width, SUM_COLUMNS), 1 + has_bias)
+        grid = (triton.cdiv(width, SUM_COLUMNS), 1 if bias is None else 2)
         _sum_partials[grid](
             weight_partials, bias_partials, d_weight, d_bias, plan.programs, width, SUM_ROWS, SUM_COLUMNS, num_warps=8
         )
@@ -270,23 +277,24 @@ def row_norm_backward(
 
 @row_norm_backward.register_fake
 def row_norm_backward_outputs(
-    dy: Tensor, d_total: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, rms: bool, has_bias: bool
+    dy: Tensor, d_total: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return s.new_empty(s.shape), torch.empty_like(weight), weight.new_empty(weight.shape if has_bias else 0)
+    d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return s.new_empty(s.shape), weight.new_empty(weight.shape), d_bias
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, residual, weight, bias, _, ctx.rms = inputs
     total, _, mean, rstd = output
     ctx.fused, ctx.has_bias = residual is not None, bias is not None
-    ctx.save_for_backward(total if ctx.fused else x, weight, mean, rstd)
+    ctx.save_for_backward(total if ctx.fused else x, weight, bias, mean, rstd)
     ctx.set_materialize_grads(False)  # no zeros are written and read for a result that nothing used
 
 
 def _gradients(ctx, d_total, dy, d_mean, d_rstd):
     if dy is None:
         return d_total, d_total, None, None, None, None
-    ds, d_weight, d_bias = row_norm_backward(dy, d_total, *ctx.saved_tensors, ctx.rms, ctx.has_bias)
+    ds, d_weight, d_bias = row_norm_backward(dy, d_total, *ctx.saved_tensors, ctx.rms)
     return ds, ds if ctx.fused else None, d_weight, d_bias if ctx.has_bias else None, None, None
 
 
