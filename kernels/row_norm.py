@@ -9,8 +9,8 @@ With s = x (+ residual), m = mean(s) (0 for RMSNorm), r = 1 / sqrt(mean((s - m)^
 Memory traffic is all that they cost, so each tensor passes once. A row is two blocks of columns, each a power of two as Triton
 wants it, the first one full: 2,304 = 2,048 + 256, where one block under a mask would idle 1,792 of 4,096 lanes. Backwards a
 program walks over every P-th tile, keeps its part of the weight gradients in registers and writes it once; `_sum_partials`
-adds the parts in a fixed order. So two runs on the same GPU agree bit for bit. Beyond 8,192 columns (4,096 backwards in
-float32) a row no longer fits into the registers: right, but slower.
+adds the parts in a fixed order. So two runs on the same GPU agree bit for bit. Beyond 8,192 columns a row with
+its gradients no longer fits into the registers: right, but slower.
 
 Legend: M rows, C columns of a row, A and B columns of its two blocks, R rows of a tile, P programs.
 """
@@ -200,7 +200,7 @@ def forward_plan(n_rows: int, width: int) -> Plan:
 def backward_plan(s: Tensor, n_rows: int) -> Plan:
     """Few programs, because each one writes partial sums: tiles that are loaded ahead hide the memory's latency instead.
 
-    A multiprocessor works on 16 KiB of each tensor, up to 5 tiles, while 32 KiB of each (of three in a fused pass) are on the way.
+    A multiprocessor works on 16 KiB of each tensor, up to 5 tiles, while 32 KiB of each (of three, where fused) are on the way.
     """
     width = s.shape[-1]
     rows = tile_rows(width)

@@ -110,7 +110,7 @@ def test_the_fused_norm_is_that_of_the_rounded_sum(name, dtype, normal):
     weights += [normal(96)] if name == "layer_norm" else []
     total, normed = FUNCTIONS[f"add_{name}"][0](x, residual, *weights, EPS)
     apart = FUNCTIONS[name][0](total, *weights, EPS)
-    assert (normed == apart).double().mean() > 0.99  # of an unrounded sum it is 0.6
+    assert (normed == apart).double().mean() > 0.99  # that of an unrounded sum agrees in 0.79 of them
 
 
 @pytest.mark.parametrize("used", (0, 1), ids=("sum", "norm"))
