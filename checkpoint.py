@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -144,7 +145,7 @@ class CheckpointStore:
             _clean_up(self._root)
             if needed_bytes > shutil.disk_usage(self._root).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            published = None
+            published, about = None, about | {"saved_at": _next_saved_at(self._root)}
             for tier in tiers:
                 folder = self._root / f".writing-{tier}"
                 if published is None:
@@ -260,6 +261,13 @@ def tiers_in(root: Path) -> dict[str, Path]:
     return {tier: folders[tier] for tier in newest_first}
 
 
+def _next_saved_at(root: Path) -> str:
+    """Now, or just after the newest checkpoint if the clock was set back: `saved_at` is what orders them."""
+    manifests = filter(None, map(_manifest_if_readable, tiers_in(root).values()))
+    after = [datetime.fromisoformat(manifest["saved_at"]) + timedelta(microseconds=1) for manifest in manifests]
+    return max([datetime.now(UTC), *after]).isoformat()
+
+
 def _manifest_if_readable(folder: Path) -> dict[str, Any]:
     try:
         return read_manifest(folder)
@@ -272,10 +280,10 @@ def _manifest_if_readable(folder: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def lock_out_dir(out_dir: str | Path) -> IO[str]:
+def lock_out_dir(out_dir: str | Path, on_warning: Callable[[str], None]) -> IO[str]:
     """Makes `out_dir` this process's alone for as long as the returned file is open; the lock dies with the process.
 
-    UserError if another run holds it, or if it cannot be written.
+    UserError if another run holds it, or if it cannot be written. A file system without locks is a warning.
     """
     path = Path(out_dir) / ".lock"
     try:
@@ -290,6 +298,8 @@ def lock_out_dir(out_dir: str | Path) -> IO[str]:
         owner = handle.read().strip() or "another process"
         handle.close()
         raise UserError(f"out_dir {out_dir} is in use by {owner}: choose another with --out_dir=...") from None
+    except OSError as error:  # some cluster file systems have no locks
+        on_warning(f"out_dir {out_dir} cannot be locked ({error.strerror}): start no other run on it")
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     handle.flush()

@@ -56,7 +56,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: str,
     folder.mkdir()
     files = _write_tensors(folder, tensors)
     files["state.json"] = _write_text(folder / "state.json", state)
-    manifest = {"format_version": FORMAT_VERSION, **about, "saved_at": datetime.now(UTC).isoformat(), "files": files}
+    manifest = {"format_version": FORMAT_VERSION, "saved_at": datetime.now(UTC).isoformat(), **about, "files": files}
     manifest["manifest_sha256"] = manifest_digest(manifest)
     _write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
     sync(folder)

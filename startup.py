@@ -118,7 +118,7 @@ def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Chec
     notes: list[str] = []
     out_dir, writes = Path(cfg.run.out_dir), not cfg.eval.eval_only
     if writes:
-        stack.callback(lock_out_dir(out_dir).close)
+        stack.callback(lock_out_dir(out_dir, notes.append).close)
     checkpoint = None
     if cfg.checkpoint.init_from == "resume":
         checkpoint = find_checkpoint(out_dir, cfg.checkpoint.resume or "latest", notes.append)

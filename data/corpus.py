@@ -183,10 +183,13 @@ def _only_one(folder: Path) -> Iterator[None]:
     """Holds a lock on the folder, which the system releases however the process ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another prepare.py is at work on {folder}: wait for it, or pass another --out") from error
+        except OSError as error:  # some cluster file systems have no locks
+            print(f"{folder} cannot be locked ({error.strerror}): start no other prepare.py on it")
         yield
-    except BlockingIOError as error:
-        raise UserError(f"another prepare.py is at work on {folder}: wait for it, or pass another --out") from error
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +141,21 @@ def test_old_rolling_and_epoch_checkpoints_go(tmp_path: Path) -> None:
         saver(step, f"rolling_step_{step}", f"epoch_{step}")
     saver(1000, "rolling_step_1000")  # the run went back: what it writes now is not the oldest
     assert sorted(path.name for path in saver.root.iterdir()) == ["epoch_5000", "rolling_step_1000", "rolling_step_5000"]
+
+
+def test_a_clock_that_is_set_back_does_not_make_new_checkpoints_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Saver(tmp_path, keep_rolling=2)
+    save(1, "rolling_step_1")
+    save(2, "rolling_step_2")
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(1970, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr("checkpoint.datetime", Clock)
+    save(3, "rolling_step_3")
+    assert list(module.tiers_in(tmp_path / "checkpoints")) == ["rolling_step_3", "rolling_step_2"]
 
 
 def test_half_a_deleted_checkpoint_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,22 +390,34 @@ def test_a_reader_of_a_running_run_never_mixes_two_checkpoints(saver: Saver) -> 
 
 
 def test_two_runs_on_one_out_dir(tmp_path: Path) -> None:
-    hold = "import sys; from checkpoint import lock_out_dir; lock = lock_out_dir(sys.argv[1]); print(1, flush=True); input()"
+    hold = (
+        "import sys; from checkpoint import lock_out_dir; lock = lock_out_dir(sys.argv[1], print); print(1, flush=True); input()"
+    )
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out"], cwd=ROOT, stdin=pipe, stdout=pipe) as other:
         other.stdout.readline()
         with pytest.raises(UserError, match=rf"in use by process {other.pid} on \S+"):
-            lock_out_dir(tmp_path / "out")
+            lock_out_dir(tmp_path / "out", print)
         other.send_signal(signal.SIGKILL)
         other.wait()
-    lock_out_dir(tmp_path / "out").close()
-    lock_out_dir(tmp_path / "out").close()
+    lock_out_dir(tmp_path / "out", print).close()
+    lock_out_dir(tmp_path / "out", print).close()
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    warnings: list[str] = []
+    lock_out_dir(tmp_path / "out", warnings.append).close()
+    assert "cannot be locked (Function not implemented)" in warnings[0]
 
 
 def test_an_out_dir_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written.*--out_dir"):
-        lock_out_dir(tmp_path / "file" / "out")
+        lock_out_dir(tmp_path / "file" / "out", print)
 
 
 def test_an_earlier_runs_checkpoints_are_set_aside(saver: Saver) -> None:
