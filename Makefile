@@ -27,5 +27,5 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-clean:
-	rm -rf .venv out out-*
+clean:  # what was installed, and caches; runs and datasets stay
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ data/*/__pycache__
