@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import os
 import re
 import sys
 import types
@@ -573,4 +574,6 @@ def command_errors() -> Iterator[None]:
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Run a command's main on the command line and exit with its code."""
     with command_errors():
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (None where it is closed)
+        sys.stdout.reconfigure(errors="backslashreplace")  # a text may have letters that the terminal has not
         sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -271,6 +272,21 @@ def test_small_commands_print_their_knobs_too(capsys):
     with pytest.raises(SystemExit) as caught:
         load_section(["--top_k=5", "--print_config"], SampleConfig)
     assert caught.value.code == 0 and "top_k = 5  # command line\n" in capsys.readouterr().out
+
+
+PRINTS = "from configurator import run_command; run_command(lambda argv: print('caf\u00e9'))"
+
+
+def test_what_a_terminal_cannot_show_is_escaped():
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, env=env, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"caf\\xe9\n"), done.stderr
+
+
+def test_output_may_be_closed():
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(PRINTS)} >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, env={"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_mistake_is_one_message_and_exit_2():
