@@ -195,7 +195,7 @@ def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Call
     if not cfg.run.compile:
         return model
     if missing := missing_compiler(device):
-        say(f"not compiled: torch.compile needs {missing} here; install gcc, or pass --compile=False")
+        say(f"not compiled: torch.compile needs {missing} here; install g++, or pass --compile=False")
         return model
     t0_s, before = time.perf_counter(), random_state(device)
     forward = torch.compile(model)
