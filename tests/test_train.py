@@ -26,7 +26,7 @@ from data.loader import SampleOrder
 from data.tokens import load_dataset
 from model import Transformer
 from optim import learning_rate
-from startup import with_vocabulary
+from startup import missing_compiler, with_vocabulary
 from tiny_runs import Runs
 
 SAMPLES_PER_STEP, BLOCK_SIZE = 8, 16
@@ -170,6 +170,17 @@ def test_compiled_and_plain_agree(runs: Runs) -> None:
     for kind in ("train_loss", "val_loss"):
         of = {name: [e[kind] for e in runs.log(name)["eval_steps"]] for name in ("compiled", "plain")}
         assert of["compiled"] == pytest.approx(of["plain"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("device", "compiler"), [("cpu", "a C++ compiler"), ("cuda", "a C compiler")])
+def test_a_missing_compiler_is_known_before_compiling(device: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    assert missing_compiler(torch.device(device)) == compiler
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setenv("CXX", sys.executable)
+    assert missing_compiler(torch.device(device)) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
