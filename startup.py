@@ -297,7 +297,7 @@ def data_info(cfg: Config, dataset: Dataset) -> dict[str, Any]:
         "val_tokens": len(dataset.val),
         "tokenizer": dataset.tokenizer,
         "vocab_size": dataset.vocab_size,
-        "epochs": float(f"{cfg.optim.max_iters * batch / per_epoch:.3g}"),
+        "epochs": three_digits(cfg.optim.max_iters * batch / per_epoch),
     }
 
 
@@ -305,10 +305,15 @@ def output_info(cfg: Config) -> dict[str, Any]:
     size_gb, free_gb = checkpoint_bytes(cfg.model) / 1e9, shutil.disk_usage(Path(cfg.run.out_dir)).free / 1e9
     return {
         "out_dir": cfg.run.out_dir,
-        "checkpoint_gb": round(size_gb, 3),
-        "all_checkpoints_gb": round(most_copies(cfg.checkpoint) * size_gb, 3),  # at most, while one is being written
+        "checkpoint_gb": three_digits(size_gb),
+        "all_checkpoints_gb": three_digits(most_copies(cfg.checkpoint) * size_gb),  # at most, while one is being written
         "free_disk_gb": round(free_gb, 1),
     }
+
+
+def three_digits(value: float) -> float:
+    """Rounded to three significant digits, so that the figures of a tiny model are no zeros."""
+    return float(f"{value:.3g}")
 
 
 def gpu_memory_gb(device: torch.device) -> float | None:

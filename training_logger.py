@@ -326,7 +326,7 @@ class TrainingLogger:
         if not self.active:
             return
         record = {"iter": iter, "tier": tier, "path": path, "val_loss": val_loss, "bytes": bytes, "save_s": round(save_s, 3)}
-        self._console.print(f"checkpoint {tier} at step {iter}: {path} ({bytes / 1e9:.2f} GB in {save_s:.1f} s)")
+        self._console.print(f"checkpoint {tier} at step {iter}: {path} ({figure(bytes / 1e9)} GB in {save_s:.1f} s)")
         self._file.append("checkpoints", record)
         self._put_summary("running")
         self._file.sync()
