@@ -55,7 +55,7 @@ def _row_kernel(
         top = tl.full((LANES,), LOWEST, tl.float32)  # maximum of x log2(e)
         total = tl.zeros((LANES,), tl.float32)  # sum of 2^(x log2(e) - top)
         for first in range(0, V, BLOCK):
-            x = tl.load(logits + first + column, first + column < V, -float("inf")).to(tl.float32)
+            x = tl.load(logits + first + column, first + column < V, -float("inf"), eviction_policy="evict_last").to(tl.float32)
             new_top = tl.maximum(top, tl.max(tl.max(x, 2), 1) * LOG2_E)
             power = tl.exp2(x * LOG2_E - new_top[:, None, None])
             total = total * tl.exp2(top - new_top) + tl.sum(tl.sum(power, 2), 1)
@@ -63,18 +63,22 @@ def _row_kernel(
         row_top = tl.max(top, 0)
         row_total = tl.sum(total * tl.exp2(top - row_top), 0)
         # A target outside the vocabulary makes the loss and its gradient NaN, which training notices.
-        x_target = tl.load(logits + target, (target >= 0) & (target < V), float("nan")).to(tl.float32)
+        valid = (target >= 0) & (target < V)
+        x_target = tl.load(logits + target, valid, float("nan")).to(tl.float32)
         factor = 1 / tl.load(divisor)
         tl.store(losses + row, ((row_top + tl.log2(row_total)) * LN_2 - x_target) * factor)
         if GRADIENT:
             if logits.dtype.element_ty == tl.float16:
                 factor = 1.0
-            share = factor / row_total + 0 * x_target
+            share = tl.where(valid, factor / row_total, float("nan"))
             for k in range(0, tl.cdiv(V, BLOCK)):
                 at = (tl.cdiv(V, BLOCK) - 1 - k) * BLOCK + column
-                x = tl.load(logits + at, at < V, 0.0).to(tl.float32)
-                gradient = tl.exp2(x * LOG2_E - row_top) * share - tl.where(at == target, factor, 0.0)
-                tl.store(logits + at, gradient.to(logits.dtype.element_ty), at < V)
+                x = tl.load(logits + at, at < V, 0.0, eviction_policy="evict_first").to(tl.float32)
+                gradient = tl.exp2(x * LOG2_E - row_top) * share
+                tl.store(logits + at, gradient.to(logits.dtype.element_ty), at < V, eviction_policy="evict_first")
+            tl.debug_barrier()  # the target's element is written again, after whichever lane wrote it first
+            gradient = tl.exp2(x_target * LOG2_E - row_top) * share - factor
+            tl.store(logits + target, gradient.to(logits.dtype.element_ty), valid)
 
 
 @triton.jit
@@ -91,10 +95,13 @@ def _launch_rows(logits: Tensor, targets: Tensor, divisor: Tensor, with_gradient
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
     width = 16 // logits.element_size()
-    warps = max(1, min(16, triton.next_power_of_2(V) // (64 * width)))
+    # With 32 registers a thread a multiprocessor holds four rows of 16 warps or two of 32; four wide ones outgrow the L2 cache.
+    warps = max(1, min(16 if V <= 32_768 else 32, triton.next_power_of_2(V) // (64 * width)))
     if N:
         with torch.cuda.device_of(logits):
-            _row_kernel[(N,)](logits, targets, losses, divisor, V, with_gradient, 2, 32 * warps, width, num_warps=warps)
+            _row_kernel[(N,)](
+                logits, targets, losses, divisor, V, with_gradient, 2, 32 * warps, width, num_warps=warps, maxnreg=32
+            )
     return losses
 
 
@@ -113,8 +120,9 @@ def row_losses_and_gradient_(logits: Tensor, targets: Tensor, divisor: Tensor) -
 @torch.library.custom_op("nanotrain::scale_", mutates_args=("x",))
 def scale_(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a float32 scalar on the device; x contiguous."""
-    with torch.cuda.device_of(x):
-        _scale_kernel[(min(triton.cdiv(x.numel(), 4096), 2048),)](x, factor, x.numel(), 4096, num_warps=8)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            _scale_kernel[(min(triton.cdiv(x.numel(), 4096), 2048),)](x, factor, x.numel(), 4096, num_warps=8)
 
 
 @torch.library.custom_op("nanotrain::linear_cross_entropy", mutates_args=())
@@ -199,7 +207,7 @@ class _InPlace(torch.autograd.Function):
         if torch.compiler.is_compiling():  # the compiler would copy what the forward pass left and then scale the copy in place
             return gradient * grad, None, None
         scale_(gradient, grad)
-        return gradient, None, None
+        return gradient.detach(), None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -223,7 +231,7 @@ def linear_cross_entropy(
     """cross_entropy(x @ weight^T, targets): x (..., C), weight (V, C), targets (...) int64 -> float32 scalar.
 
     Holds `chunk_rows` rows of logits at a time, in x's dtype or autocast's. Where a gradient is wanted it is computed at once and
-    held instead: by x, and by weight in float32, which each chunk reads and writes, so that few chunks are quicker and many smaller.
+    held instead: by x, and by weight in float32, which each chunk reads and writes, so few chunks are quicker and many smaller.
     Raises ValueError for inputs of a wrong shape, dtype or device.
     """
     _check({"x": x, "weight": weight}, targets, reduction)
