@@ -36,6 +36,7 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------------------------------
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"]
+Kernel = Literal["auto", "triton", "torch"]
 InitFrom = Literal["scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -91,6 +92,14 @@ class ModelConfig:
         activations = {"gelu": "GELU", "gelu_tanh": "GELUTanh", "relu": "ReLU", "silu": "SiLU", "relu_squared": "ReLU2"}
         ffn = "SwiGLU" if self.ffn_type == "swiglu" else activations[self.activation]
         return f"{self.n_layer}L-{self.n_head}H-{self.n_embd}D-{position}-{norm}-{ffn}-{self.norm_position.capitalize()}Norm"
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    norm_kernel: Kernel = "auto"  # LayerNorm and RMSNorm, with the addition before them; auto: Triton on a GPU
+    cross_entropy_kernel: Kernel = "auto"  # the loss, and its gradient in place of the logits; auto: Triton on a GPU
+    swiglu_kernel: Kernel = "auto"  # SwiGLU's gate; auto: Triton on a GPU
+    rope_kernel: Kernel = "auto"  # rotary positions; auto: Triton on a GPU
 
 
 @dataclass(frozen=True)
@@ -188,6 +197,7 @@ class Config:
     """All sections of a run, and where each knob's value came from."""
 
     model: ModelConfig = ModelConfig()
+    kernels: KernelConfig = KernelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     eval: EvalConfig = EvalConfig()

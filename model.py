@@ -21,8 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import kernels
+from kernels import REFERENCE, Operations
 from configurator import ModelConfig, UserError
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, (T, D/2) each
+Stream = tuple[Tensor, Tensor | None]  # the residual stream, and the branch that it still lacks; (B, T, C) each
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -42,17 +45,23 @@ def autocast_to_bfloat16(device: str) -> bool:
 class Norm(nn.Module):
     """LayerNorm, with or without a bias, or RMSNorm over the last axis."""
 
-    def __init__(self, width: int, kind: str, bias: bool, eps: float) -> None:
+    def __init__(self, width: int, kind: str, bias: bool, eps: float, ops: Operations) -> None:
         super().__init__()
         self.rms = kind == "rmsnorm"
         self.eps = eps
+        self.ops = ops
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + branch, its norm), in one pass over memory where the kernel can; without a branch (x, its norm)."""
+        if branch is None:
+            if self.rms:
+                return x, self.ops.rms_norm(x, self.weight, self.eps)
+            return x, self.ops.layer_norm(x, self.weight, self.bias, self.eps)
         if self.rms:
-            return kernels.rms_norm(x, self.weight, self.eps)
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+            return self.ops.add_rms_norm(branch, x, self.weight, self.eps)
+        return self.ops.add_layer_norm(branch, x, self.weight, self.bias, self.eps)
 
 
 class LayerCache:
@@ -89,21 +98,26 @@ class KVCache:
 class Attention(nn.Module):
     """Causal self-attention; K < H is grouped-query attention: each key/value head serves H/K query heads in a row."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, ops: Operations) -> None:
         super().__init__()
+        self.ops = ops
         self.heads, self.kv_heads, self.head_dim, self.dropout = cfg.n_head, cfg.kv_heads, cfg.head_dim, cfg.dropout
         self.qkv = nn.Linear(cfg.n_embd, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_dim, bias=cfg.bias)
-        self.q_norm = Norm(cfg.head_dim, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
-        self.k_norm = Norm(cfg.head_dim, "rmsnorm", False, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.q_norm = Norm(cfg.head_dim, "rmsnorm", False, cfg.norm_eps, ops) if cfg.qk_norm else None
+        self.k_norm = Norm(cfg.head_dim, "rmsnorm", False, cfg.norm_eps, ops) if cfg.qk_norm else None
         self.out = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope | None, cache: LayerCache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim)  # (B, T, H + 2K, D)
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = kernels.rope(q, k, *rope)
+        if rope is not None and self.q_norm is None:
+            q, k, v = self.ops.rope_qkv_(qkv, self.heads, self.kv_heads, *rope)  # (B, T, H, D), (B, T, K, D), (B, T, K, D)
+        else:
+            q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+            if self.q_norm is not None:
+                q, k = self.q_norm(q)[1], self.k_norm(k)[1]
+            if rope is not None:
+                q, k = self.ops.rope(q, k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D), (B, K, T, D)
         mask = None
         if cache is not None:
@@ -119,10 +133,10 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two matrices and an activation, or SwiGLU's three, the first two of which (gate and up) are one product."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, ops: Operations) -> None:
         super().__init__()
         swiglu = cfg.ffn_type == "swiglu"
-        self.activation = kernels.swiglu if swiglu else ACTIVATIONS[cfg.activation]
+        self.activation = ops.swiglu if swiglu else ACTIVATIONS[cfg.activation]
         self.up = nn.Linear(cfg.n_embd, (2 if swiglu else 1) * cfg.ffn_hidden, bias=cfg.bias)  # swiglu: gate, then up
         self.out = nn.Linear(cfg.ffn_hidden, cfg.n_embd, bias=cfg.bias)
 
@@ -131,37 +145,42 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
+    """Attention and feed-forward. A branch joins the residual stream x together with the norm that follows: one pass for both."""
+
+    def __init__(self, cfg: ModelConfig, ops: Operations) -> None:
         super().__init__()
         self.pre_norm = cfg.norm_position == "pre"
-        self.attention_norm = Norm(cfg.n_embd, cfg.normalization, cfg.norm_bias, cfg.norm_eps)
-        self.attention = Attention(cfg)
-        self.ffn_norm = Norm(cfg.n_embd, cfg.normalization, cfg.norm_bias, cfg.norm_eps)
-        self.ffn = FeedForward(cfg)
+        self.attention_norm = Norm(cfg.n_embd, cfg.normalization, cfg.norm_bias, cfg.norm_eps, ops)
+        self.attention = Attention(cfg, ops)
+        self.ffn_norm = Norm(cfg.n_embd, cfg.normalization, cfg.norm_bias, cfg.norm_eps, ops)
+        self.ffn = FeedForward(cfg, ops)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor | None, rope: Rope | None, cache: LayerCache | None = None) -> Stream:
+        """(x, the branch that x still lacks) -> the same behind this block; each (B, T, C)."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), rope, cache))  # (B, T, C)
-            return x + self.dropout(self.ffn(self.ffn_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, rope, cache)))  # (B, T, C)
-        return self.ffn_norm(x + self.dropout(self.ffn(x)))
+            x, h = self.attention_norm(x, branch)
+            x, h = self.ffn_norm(x, self.dropout(self.attention(h, rope, cache)))
+            return x, self.dropout(self.ffn(h))
+        _, x = self.attention_norm(x, self.dropout(self.attention(x, rope, cache)))
+        _, x = self.ffn_norm(x, self.dropout(self.ffn(x)))
+        return x, None
 
 
 class Transformer(nn.Module):
     """The decoder. Build it anywhere (on the meta device too), then give it values: `init_weights`, or load a state dict."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, ops: Operations = REFERENCE) -> None:
         super().__init__()
         assert cfg.vocab_size > 0, "vocab_size is taken from the dataset before the model is built"
-        self.cfg = cfg
+        self.cfg, self.ops = cfg, ops
         learned = cfg.position_encoding == "learned_absolute"
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd) if learned else None
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.blocks = nn.ModuleList(Block(cfg, ops) for _ in range(cfg.n_layer))
         pre_norm = cfg.norm_position == "pre"
-        self.final_norm = Norm(cfg.n_embd, cfg.normalization, cfg.norm_bias, cfg.norm_eps) if pre_norm else nn.Identity()
+        self.final_norm = Norm(cfg.n_embd, cfg.normalization, cfg.norm_bias, cfg.norm_eps, ops) if pre_norm else None
         # A tied head is the token embedding used twice, not a second name for it: nothing can untie it.
         self.head = None if cfg.weight_tying else nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.position_encoding == "rope":
@@ -194,14 +213,18 @@ class Transformer(nn.Module):
             x = x.bfloat16()  # the residual stream too: 2.5 to 4 % faster on an H200, same loss; float16 has not the range for it
         x = self.dropout(x)
         recompute = self.cfg.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        branch = None  # (B, T, C): what the last block has yet to add to x
         for i, block in enumerate(self.blocks):
             if recompute:
-                x = checkpoint(block, x, rope, use_reentrant=False)  # (B, T, C)
+                x, branch = checkpoint(block, x, branch, rope, use_reentrant=False)
             else:
-                x = block(x, rope, None if cache is None else cache.layers[i])
-        x = self.final_norm(x[:, -1:] if last_only else x)
+                x, branch = block(x, branch, rope, None if cache is None else cache.layers[i])
+        if last_only:
+            x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
+        if self.final_norm is not None:
+            _, x = self.final_norm(x, branch)  # (B, T, C)
         logits = F.linear(x, (self.head or self.token_embedding).weight)  # (B, T, V)
-        return logits if targets is None else kernels.cross_entropy(logits, targets, reduction)
+        return logits if targets is None else self.ops.cross_entropy(logits, targets, reduction)
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that may be sharded and gathered one at a time; embeddings, final norm and head are left to the root."""

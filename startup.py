@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 from checkpoint import (
     FOLDER,
     Checkpoint,
@@ -178,6 +179,14 @@ def load_prompt(cfg: Config, dataset: Dataset) -> Prompt | None:
     return Prompt(tokenizer, ids)
 
 
+def choose_kernels(cfg: Config, device: torch.device) -> tuple[kernels.Operations, dict[str, str]]:
+    """(the operations of the model, who computes them by knob: triton or torch)."""
+    try:
+        return kernels.choose(vars(cfg.kernels), device.type)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def run_name_of(cfg: Config, checkpoint: Checkpoint | None) -> str:
     """The name given, else the resumed run's, else the time; an evaluation has a log of its own."""
     if cfg.eval.eval_only:
@@ -218,7 +227,9 @@ def missing_compiler(device: torch.device) -> str | None:
     return None if any(map(shutil.which, names)) else kind
 
 
-def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype) -> tuple[dict[str, dict[str, Any]], Throughput]:
+def start_report(
+    cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype, chosen_kernels: dict[str, str]
+) -> tuple[dict[str, dict[str, Any]], Throughput]:
     """(what the run is, for the console and the log; what turns its step times into MFU)."""
     full, causal = flops_per_token(cfg.model), flops_per_token(cfg.model, causal=True)
     name, precision = device_name(ranks.device), str(dtype).removeprefix("torch.")
@@ -244,7 +255,8 @@ def start_report(cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype
             "steps": cfg.optim.max_iters,
             "parallel": "one process",
             "precision": f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision,
-            "kernels": "PyTorch's, attention through scaled_dot_product_attention",
+            **chosen_kernels,
+            "attention": "scaled_dot_product_attention",
             "compile": cfg.run.compile,
             "deterministic": cfg.run.deterministic,
             "seed": cfg.run.seed,
@@ -262,6 +274,9 @@ def marker_lines(info: dict[str, dict[str, Any]]) -> list[str]:
     if hardware["peak_tflops"]:
         name = hardware["device"].removeprefix("NVIDIA ")
         lines.append(f"Hardware peak: {hardware['peak_tflops']:g} TFLOPS ({name} {hardware['peak_precision']})")
+    if info["training"]["norm_kernel"] == "triton":
+        norm = "RMSNorm" if info["model"]["normalization"].startswith("rmsnorm") else "LayerNorm"
+        lines.append(f"using Triton-accelerated {norm}")
     return lines
 
 

@@ -74,8 +74,9 @@ def train(cfg: Config, stack: ExitStack) -> int:
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, stack)
 
     # 3. Model: shapes on meta, then storage and initialisation, then (below, with a log to say so) compile.
+    ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
     with torch.device("meta"):
-        model = Transformer(cfg.model)
+        model = Transformer(cfg.model, ops)
     model.to_empty(device=ranks.device).init_weights(cfg.run.seed)
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
@@ -92,7 +93,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
     log = TrainingLogger(cfg, state.run_name, resume_iter, checkpoint and checkpoint.state["run_name"], active=ranks.is_main)
     stack.push(lambda kind, error, _: log.close(f"{kind.__name__}: {error}" if kind else stop.reason or "finished"))
-    info, throughput = startup.start_report(cfg, dataset, ranks, dtype)
+    info, throughput = startup.start_report(cfg, dataset, ranks, dtype, chosen_kernels)
     log.report(info, throughput)
     for line in [*startup.marker_lines(info), *describe_groups(optimizer), *notes]:
         log.line(line)

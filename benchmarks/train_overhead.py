@@ -27,6 +27,7 @@ def bare_loop(argv: list[str]) -> list[float]:
     """Milliseconds of each step of the bare loop, from the end of one step to the end of the next."""
     import torch
 
+    import kernels
     from configurator import load_config
     from data.tokens import load_dataset
     from model import Transformer
@@ -39,7 +40,7 @@ def bare_loop(argv: list[str]) -> list[float]:
     cfg = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))
     device = start_ranks(cfg.run).device
     dtype = choose_dtype(cfg.run.dtype, device)
-    model = Transformer(cfg.model).to(device)
+    model = Transformer(cfg.model, kernels.choose(vars(cfg.kernels), device.type)[0]).to(device)
     model.init_weights(cfg.run.seed)
     optimizer = build_optimizer(model, cfg.optim)
     forward = torch.compile(model) if cfg.run.compile else model

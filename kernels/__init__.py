@@ -1,8 +1,66 @@
-"""The operations around the matrix products. The model calls them as `kernels.rms_norm(...)` and does not know who computes them.
+"""The operations around the matrix products, each in plain PyTorch (reference.py, the truth) and as a Triton kernel.
 
-reference.py is plain PyTorch and the truth that every faster version is compared with.
+The model is given an `Operations`, and calls `ops.rms_norm(...)` without knowing who computes it. triton is imported only where
+a Triton kernel is chosen, so that a machine without it runs the reference.
 """
 
-from kernels.reference import cross_entropy, layer_norm, rms_norm, rope, swiglu
+from __future__ import annotations
 
-__all__ = ["cross_entropy", "layer_norm", "rms_norm", "rope", "swiglu"]
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kernels import reference
+
+GROUPS = {  # knob -> what it chooses
+    "norm_kernel": ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"),
+    "cross_entropy_kernel": ("cross_entropy",),
+    "swiglu_kernel": ("swiglu",),
+    "rope_kernel": ("rope", "rope_qkv_"),
+}
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Who computes what; signatures and formulas are reference.py's."""
+
+    layer_norm: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    add_layer_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    rope: Callable[..., Any]
+    rope_qkv_: Callable[..., Any]
+    cross_entropy: Callable[..., Any]
+
+
+REFERENCE = Operations(**{name: getattr(reference, name) for names in GROUPS.values() for name in names})
+
+
+def choose(choices: Mapping[str, str], device: str) -> tuple[Operations, dict[str, str]]:
+    """(the operations, who computes them: knob -> triton or torch) for `choices` of auto, triton or torch by knob.
+
+    auto is Triton on a GPU where triton is installed. Raises ValueError where Triton is asked for and cannot run.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    chosen, functions = {}, {}
+    for knob, names in GROUPS.items():
+        chosen[knob] = choices[knob]
+        if choices[knob] == "auto":
+            chosen[knob] = "triton" if device == "cuda" and has_triton else "torch"
+        if choices[knob] == "triton" and (device != "cuda" or not has_triton):
+            raise ValueError(f"--{knob}=triton needs a GPU and the triton package; pass --{knob}=auto")
+        functions |= {name: getattr(triton_kernels() if chosen[knob] == "triton" else reference, name) for name in names}
+    return Operations(**functions), chosen
+
+
+def triton_kernels() -> Operations:
+    """All operations as Triton kernels."""
+    from kernels.cross_entropy import cross_entropy
+    from kernels.layer_norm import add_layer_norm, layer_norm
+    from kernels.rms_norm import add_rms_norm, rms_norm
+    from kernels.rope import rope, rope_qkv_
+    from kernels.swiglu import swiglu
+
+    return Operations(layer_norm, rms_norm, add_layer_norm, add_rms_norm, swiglu, rope, rope_qkv_, cross_entropy)

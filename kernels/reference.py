@@ -56,6 +56,12 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return rotate(q), rotate(k)
 
 
+def rope_qkv_(qkv: Tensor, n_head: int, n_kv_head: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Split qkv (B, T, H + 2K, D) into q (B, T, H, D), k and v (B, T, K, D), with q and k rotated; may overwrite qkv."""
+    q, k, v = qkv.split((n_head, n_kv_head, n_kv_head), dim=2)
+    return *rope(q, k, cos, sin), v
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """log(sum(exp(logits))) - logits[target] in float32, mean or sum over the targets that are not -1 -> scalar.
 

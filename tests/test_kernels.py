@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-import kernels
+from kernels import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {
@@ -79,7 +79,7 @@ def assert_equal_to_float64(ours, naive, inputs: list[Tensor], tolerance: float)
 def test_layer_norm(shape, dtype, bias):
     weights = [normal(shape[-1], seed=2), normal(shape[-1], seed=3)][: 1 + bias]
     assert_equal_to_float64(
-        lambda x, w, b=None: kernels.layer_norm(x, w, b, EPS),
+        lambda x, w, b=None: reference.layer_norm(x, w, b, EPS),
         lambda x, w, b=None: naive_layer_norm(x, w, b),
         [normal(*shape, dtype=dtype), *weights],
         TOLERANCE[dtype],
@@ -90,7 +90,7 @@ def test_layer_norm(shape, dtype, bias):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rms_norm(shape, dtype):
     inputs = [normal(*shape, dtype=dtype), normal(shape[-1], seed=2)]
-    assert_equal_to_float64(lambda x, w: kernels.rms_norm(x, w, EPS), naive_rms_norm, inputs, TOLERANCE[dtype])
+    assert_equal_to_float64(lambda x, w: reference.rms_norm(x, w, EPS), naive_rms_norm, inputs, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("scale", (1e-3, 1.0, 1e4))
@@ -98,19 +98,19 @@ def test_rms_norm_is_llamas(scale):
     theirs = LlamaRMSNorm(96, eps=EPS)
     theirs.weight.data = normal(96, seed=2)
     x = normal(4, 96) * scale
-    torch.testing.assert_close(kernels.rms_norm(x, theirs.weight, EPS), theirs(x), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(reference.rms_norm(x, theirs.weight, EPS), theirs(x), rtol=1e-6, atol=1e-6)
 
 
 def test_norm_statistics_do_not_overflow_in_float16():
     x = torch.full((2, 64), 3e4, dtype=torch.float16)  # its square is far beyond float16's 65,504
-    torch.testing.assert_close(kernels.rms_norm(x, torch.ones(64), EPS), torch.ones_like(x))
-    torch.testing.assert_close(kernels.layer_norm(x, torch.ones(64), None, EPS), torch.zeros_like(x))
+    torch.testing.assert_close(reference.rms_norm(x, torch.ones(64), EPS), torch.ones_like(x))
+    torch.testing.assert_close(reference.layer_norm(x, torch.ones(64), None, EPS), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("shape", ((1, 1, 2), (2, 3, 14), (1, 5, 1024)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu(shape, dtype):
-    assert_equal_to_float64(kernels.swiglu, naive_swiglu, [normal(*shape, dtype=dtype)], TOLERANCE[dtype])
+    assert_equal_to_float64(reference.swiglu, naive_swiglu, [normal(*shape, dtype=dtype)], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), ((1, 1, 2), (4, 2, 6), (3, 3, 64)))
@@ -121,7 +121,7 @@ def test_rope(heads, kv_heads, head_dim, dtype):
     q, k = normal(2, 5, heads, head_dim, dtype=dtype), normal(2, 5, kv_heads, head_dim, dtype=dtype, seed=1)
     for i, x in enumerate((q, k)):
         assert_equal_to_float64(
-            lambda x, i=i: kernels.rope(*((x, k) if i == 0 else (q, x)), cos, sin)[i],
+            lambda x, i=i: reference.rope(*((x, k) if i == 0 else (q, x)), cos, sin)[i],
             lambda x: naive_rope(x, cos.double(), sin.double()),
             [x],
             TOLERANCE[dtype],
@@ -131,7 +131,7 @@ def test_rope(heads, kv_heads, head_dim, dtype):
 def test_rope_is_llamas():
     q, k = normal(2, 5, 4, 6), normal(2, 5, 2, 6, seed=1)
     angle = torch.outer(torch.arange(5.0), 0.3 ** torch.arange(3))
-    ours = kernels.rope(q, k, angle.cos(), angle.sin())
+    ours = reference.rope(q, k, angle.cos(), angle.sin())
     twice = torch.cat((angle, angle), dim=-1)[None]
     theirs = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), twice.cos(), twice.sin())
     torch.testing.assert_close(ours, tuple(x.transpose(1, 2) for x in theirs), rtol=0, atol=1e-6)
@@ -145,10 +145,10 @@ def test_cross_entropy(shape, dtype, reduction):
     targets = torch.randint(shape[-1], shape[:-1], generator=torch.Generator().manual_seed(1))
     targets.flatten()[1::3] = -1
     valid = int((targets >= 0).sum()) if reduction == "mean" else 1
-    loss = kernels.cross_entropy(logits, targets, reduction)
+    loss = reference.cross_entropy(logits, targets, reduction)
     assert loss.dtype == torch.float32
     assert_equal_to_float64(
-        lambda x: kernels.cross_entropy(x, targets, reduction),
+        lambda x: reference.cross_entropy(x, targets, reduction),
         lambda x: naive_cross_entropy(x, targets) / valid,
         [logits],
         TOLERANCE[dtype],
@@ -157,14 +157,14 @@ def test_cross_entropy(shape, dtype, reduction):
 
 def test_cross_entropy_of_large_logits_is_finite():
     logits = torch.tensor([[[3e4, -3e4, 0.0]]], dtype=torch.float16)
-    loss = kernels.cross_entropy(logits, torch.tensor([[1]]))
+    loss = reference.cross_entropy(logits, torch.tensor([[1]]))
     assert loss.item() == pytest.approx(6e4, rel=1e-3)
 
 
 def test_cross_entropy_of_no_target_is_nan_as_a_mean_and_zero_as_a_sum():
     logits, targets = normal(1, 2, 3), torch.full((1, 2), -1)
-    assert math.isnan(kernels.cross_entropy(logits, targets))
-    assert kernels.cross_entropy(logits, targets, "sum") == 0
+    assert math.isnan(reference.cross_entropy(logits, targets))
+    assert reference.cross_entropy(logits, targets, "sum") == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,8 +173,8 @@ def test_autocast_changes_nothing(dtype):
     cos, sin = normal(3, 4, seed=3), normal(3, 4, seed=4)
 
     def everything() -> list[Tensor]:
-        norms = [kernels.layer_norm(x, w, w, EPS), kernels.rms_norm(x, w, EPS)]
-        return [*norms, kernels.swiglu(x), *kernels.rope(x, x, cos, sin)]
+        norms = [reference.layer_norm(x, w, w, EPS), reference.rms_norm(x, w, EPS)]
+        return [*norms, reference.swiglu(x), *reference.rope(x, x, cos, sin)]
 
     plain = everything()
     with torch.autocast("cpu", torch.bfloat16):

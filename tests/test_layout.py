@@ -19,7 +19,7 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
     "train": "startup checkpoint configurator data flops model optim parallel precision training_logger",
-    "startup": "checkpoint configurator data flops model optim parallel precision training_logger",
+    "startup": "checkpoint configurator data flops kernels model optim parallel precision training_logger",
     "hellaswag": "checkpoint configurator data hf_convert model parallel precision",
     "sample": "checkpoint configurator data hf_convert model parallel precision",
     "hf_convert": "checkpoint configurator data flops model visualize_training",

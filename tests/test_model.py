@@ -280,7 +280,7 @@ def test_bf16_autocast_keeps_parameters_and_loss_in_float32():
     model, idx = build(cfg), tokens(cfg)
     exact = model(idx, idx)
     stream = []
-    model.blocks[0].register_forward_hook(lambda module, args, output: stream.append(output.dtype))
+    model.blocks[0].register_forward_hook(lambda module, args, output: stream.append(output[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(idx, idx)
     loss.backward()
