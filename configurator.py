@@ -96,10 +96,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    norm_kernel: Kernel = "auto"  # LayerNorm and RMSNorm, with the addition before them; auto: Triton on a GPU
-    cross_entropy_kernel: Kernel = "auto"  # the loss, and its gradient in place of the logits; auto: Triton on a GPU
-    swiglu_kernel: Kernel = "auto"  # SwiGLU's gate; auto: Triton on a GPU
-    rope_kernel: Kernel = "auto"  # rotary positions; auto: Triton on a GPU
+    norm_kernel: Kernel = "auto"  # LayerNorm, RMSNorm and the addition before: triton (GPUs only) or torch; auto is torch
+    swiglu_kernel: Kernel = "auto"  # SwiGLU's gate: triton (GPUs only) or torch; auto is torch
+    rope_kernel: Kernel = "auto"  # rotary positions: triton (GPUs only) or torch; auto is torch
 
 
 @dataclass(frozen=True)

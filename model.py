@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import REFERENCE, Operations
 from configurator import ModelConfig, UserError
+from kernels import REFERENCE, Operations
+from kernels.reference import cross_entropy
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, D/2) each
 Stream = tuple[Tensor, Tensor | None]  # the residual stream, and the branch that it still lacks; (B, T, C) each
@@ -224,7 +225,7 @@ class Transformer(nn.Module):
         if self.final_norm is not None:
             _, x = self.final_norm(x, branch)  # (B, T, C)
         logits = F.linear(x, (self.head or self.token_embedding).weight)  # (B, T, V)
-        return logits if targets is None else self.ops.cross_entropy(logits, targets, reduction)
+        return logits if targets is None else cross_entropy(logits, targets, reduction)
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that may be sharded and gathered one at a time; embeddings, final norm and head are left to the root."""
@@ -259,6 +260,14 @@ class Transformer(nn.Module):
         frequency = 1.0 / self.cfg.rope_theta ** (torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)  # (D/2,)
         angle = torch.outer(torch.arange(self.cfg.block_size, device=device, dtype=torch.float32), frequency)
         return angle.cos(), angle.sin()  # (block_size, D/2) each
+
+
+def build_model(cfg: ModelConfig, device: torch.device, seed: int, ops: Operations = REFERENCE) -> Transformer:
+    """A fresh model on the device: shapes on meta, then storage and initialisation, so that nothing is held twice."""
+    with torch.device("meta"):
+        model = Transformer(cfg, ops)
+    model.to_empty(device=device).init_weights(seed)
+    return model
 
 
 @dataclass(frozen=True)

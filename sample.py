@@ -20,7 +20,7 @@ import torch
 from checkpoint import FOLDER, Checkpoint, find_checkpoint, tiers_in
 from data.tokenizer import load_tokenizer
 from data.tokens import Dataset, Manifest, dataset_folder
-from model import SampleOptions, Transformer, generate
+from model import SampleOptions, Transformer, build_model, generate
 from parallel import choose_device
 from precision import autocast, choose_dtype
 
@@ -89,9 +89,7 @@ def text_to_continue(start: str) -> str:
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:
     """The checkpoint's model, in evaluation mode."""
-    with torch.device("meta"):
-        model = Transformer(section_from(ModelConfig, checkpoint.state["config"]["values"]))
-    model.to_empty(device=device).init_weights(seed=0)  # init_weights also fills the rotary tables
+    model = build_model(section_from(ModelConfig, checkpoint.state["config"]["values"]), device, seed=0)
     weights = checkpoint.read_tensors([f"model.{name}" for name, _ in model.named_parameters()])
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -29,7 +29,7 @@ import startup
 from checkpoint import CheckpointStore
 from data.loader import Loader, SampleOrder, evaluation_batches
 from data.tokens import Dataset, load_dataset
-from model import SampleOptions, Transformer, generate
+from model import SampleOptions, build_model, generate
 from optim import build_optimizer, describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, memory_gb, start_ranks
 from precision import LossScale, autocast, choose_dtype
@@ -65,6 +65,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
     stop = StopRequest(cfg.run.max_hours)
     startup.refuse_pretrained(cfg)
+    ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
     dataset = load_dataset(cfg.data, cfg.model.block_size)
@@ -74,10 +75,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, stack)
 
     # 3. Model: shapes on meta, then storage and initialisation, then (below, with a log to say so) compile.
-    ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
-    with torch.device("meta"):
-        model = Transformer(cfg.model, ops)
-    model.to_empty(device=ranks.device).init_weights(cfg.run.seed)
+    model = build_model(cfg.model, ranks.device, cfg.run.seed, ops)
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
     optimizer = build_optimizer(model, cfg.optim)

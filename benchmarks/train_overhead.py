@@ -30,7 +30,7 @@ def bare_loop(argv: list[str]) -> list[float]:
     import kernels
     from configurator import load_config
     from data.tokens import load_dataset
-    from model import Transformer
+    from model import build_model
     from optim import build_optimizer
     from parallel import start_ranks
     from precision import autocast, choose_dtype
@@ -40,8 +40,7 @@ def bare_loop(argv: list[str]) -> list[float]:
     cfg = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))
     device = start_ranks(cfg.run).device
     dtype = choose_dtype(cfg.run.dtype, device)
-    model = Transformer(cfg.model, kernels.choose(vars(cfg.kernels), device.type)[0]).to(device)
-    model.init_weights(cfg.run.seed)
+    model = build_model(cfg.model, device, cfg.run.seed, kernels.choose(vars(cfg.kernels), device.type)[0])
     optimizer = build_optimizer(model, cfg.optim)
     forward = torch.compile(model) if cfg.run.compile else model
     batch = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)

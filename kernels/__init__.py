@@ -15,7 +15,6 @@ from kernels import reference
 
 GROUPS = {  # knob -> what it chooses
     "norm_kernel": ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"),
-    "cross_entropy_kernel": ("cross_entropy",),
     "swiglu_kernel": ("swiglu",),
     "rope_kernel": ("rope", "rope_qkv_"),
 }
@@ -23,7 +22,7 @@ GROUPS = {  # knob -> what it chooses
 
 @dataclass(frozen=True)
 class Operations:
-    """Who computes what; signatures and formulas are reference.py's."""
+    """Who computes what; signatures and formulas are reference.py's. The loss is PyTorch's."""
 
     layer_norm: Callable[..., Any]
     rms_norm: Callable[..., Any]
@@ -32,7 +31,6 @@ class Operations:
     swiglu: Callable[..., Any]
     rope: Callable[..., Any]
     rope_qkv_: Callable[..., Any]
-    cross_entropy: Callable[..., Any]
 
 
 REFERENCE = Operations(**{name: getattr(reference, name) for names in GROUPS.values() for name in names})
@@ -41,26 +39,21 @@ REFERENCE = Operations(**{name: getattr(reference, name) for names in GROUPS.val
 def choose(choices: Mapping[str, str], device: str) -> tuple[Operations, dict[str, str]]:
     """(the operations, who computes them: knob -> triton or torch) for `choices` of auto, triton or torch by knob.
 
-    auto is Triton on a GPU where triton is installed. Raises ValueError where Triton is asked for and cannot run.
+    auto is PyTorch. Raises ValueError where Triton is asked for and cannot run.
     """
-    has_triton = importlib.util.find_spec("triton") is not None
-    chosen, functions = {}, {}
-    for knob, names in GROUPS.items():
-        chosen[knob] = choices[knob]
-        if choices[knob] == "auto":
-            chosen[knob] = "triton" if device == "cuda" and has_triton else "torch"
-        if choices[knob] == "triton" and (device != "cuda" or not has_triton):
-            raise ValueError(f"--{knob}=triton needs a GPU and the triton package; pass --{knob}=auto")
-        functions |= {name: getattr(triton_kernels() if chosen[knob] == "triton" else reference, name) for name in names}
-    return Operations(**functions), chosen
+    chosen = {knob: "torch" if choices[knob] == "auto" else choices[knob] for knob in GROUPS}
+    asked = [knob for knob, who in chosen.items() if who == "triton"]
+    if asked and (device != "cuda" or importlib.util.find_spec("triton") is None):
+        raise ValueError(f"--{asked[0]}=triton needs a GPU and the triton package; pass --{asked[0]}=auto")
+    ops = {who: triton_kernels() if who == "triton" else reference for who in set(chosen.values())}
+    return Operations(**{name: getattr(ops[who], name) for knob, who in chosen.items() for name in GROUPS[knob]}), chosen
 
 
 def triton_kernels() -> Operations:
     """All operations as Triton kernels."""
-    from kernels.cross_entropy import cross_entropy
     from kernels.layer_norm import add_layer_norm, layer_norm
     from kernels.rms_norm import add_rms_norm, rms_norm
     from kernels.rope import rope, rope_qkv_
     from kernels.swiglu import swiglu
 
-    return Operations(layer_norm, rms_norm, add_layer_norm, add_rms_norm, swiglu, rope, rope_qkv_, cross_entropy)
+    return Operations(layer_norm, rms_norm, add_layer_norm, add_rms_norm, swiglu, rope, rope_qkv_)

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+import kernels
+from configurator import KernelConfig, ModelConfig
 from kernels import reference
+from model import Transformer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {
@@ -182,3 +185,30 @@ def test_autocast_changes_nothing(dtype):
     for a, b in zip(plain, under_autocast, strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_choose_takes_the_reference_where_nothing_is_asked_for() -> None:
+    ops, chosen = kernels.choose(vars(KernelConfig()), "cpu")
+    assert ops == kernels.REFERENCE and set(chosen.values()) == {"torch"} and chosen.keys() == vars(KernelConfig()).keys()
+
+
+def test_triton_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="--swiglu_kernel=triton needs a GPU"):
+        kernels.choose(vars(KernelConfig(swiglu_kernel="triton")), "cpu")
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("normalization", ["layernorm", "rmsnorm"])
+def test_a_model_of_triton_kernels_is_the_same_model(normalization: str, qk_norm: bool) -> None:
+    sizes = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=24, block_size=8, vocab_size=32, position_encoding="rope")
+    cfg = ModelConfig(**sizes, normalization=normalization, ffn_type="swiglu", bias=True, qk_norm=qk_norm)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = torch.randint(32, (2, 2, 8), generator=torch.Generator().manual_seed(0)).to(device)
+    gradients = []
+    for ops in (kernels.REFERENCE, kernels.triton_kernels()):
+        model = Transformer(cfg, ops).to(device)
+        model.init_weights(seed=1)
+        loss = model(ids[0], ids[1])
+        loss.backward()
+        gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

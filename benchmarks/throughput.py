@@ -1,0 +1,246 @@
+"""Tokens a second, MFU and peak memory of a whole training step, ours and our peers' on the same card.
+
+    python benchmarks/throughput.py CONFIG [--knob=value ...] [--peer nanogpt:PATH] [--peer transformers] [--peer torchtitan]
+        [--rounds=2] [--steps=40] [--profile] [--json=FILE]
+
+A step is one micro-batch of `batch_size` x `block_size` random tokens: forward, backward, clipping at 1.0, fused AdamW; bfloat16
+autocast over float32 weights, torch.compile. Each contestant runs in a process of its own, in the order A B A B; a figure is the
+median step of all rounds. Peers run their own model code: nanoGPT's from a checkout at PATH, `transformers` and `torchtitan` as
+installed. `--profile` prints where our own step's time goes, kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import Config, load_config
+
+WARMUP_STEPS = 10
+Step = Callable[[Any, Any], None]  # idx, targets (B, T) int64 each
+
+
+def nanotrain(cfg: Config, _: str) -> Step:
+    import torch
+
+    import kernels
+    from model import build_model
+    from optim import build_optimizer, update
+    from precision import LossScale, autocast
+
+    device = torch.device("cuda", 0)
+    model = build_model(cfg.model, device, cfg.run.seed, kernels.choose(vars(cfg.kernels), "cuda")[0])
+    optimizer, scale = build_optimizer(model, cfg.optim), LossScale(torch.bfloat16, device)
+    forward = torch.compile(model)
+
+    def step(idx: torch.Tensor, targets: torch.Tensor) -> None:
+        with autocast(device, torch.bfloat16):
+            loss = forward(idx, targets)
+        (loss * scale.scale).backward()
+        update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, with_moments=False)
+
+    return step
+
+
+def peer_step(model: Any, loss_of: Callable[[Any, Any], Any], cfg: Config) -> Step:
+    """A peer's step: its loss, clipping and fused AdamW as their own training loops have them."""
+    import torch
+
+    optim = cfg.optim
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), fused=True)
+
+    def step(idx: torch.Tensor, targets: torch.Tensor) -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = loss_of(idx, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def nanogpt(cfg: Config, path: str) -> Step:
+    import torch
+
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    m = cfg.model
+    sizes = dict(n_layer=m.n_layer, n_head=m.n_head, n_embd=m.n_embd, block_size=m.block_size, vocab_size=m.vocab_size)
+    model = module.GPT(module.GPTConfig(**sizes, bias=m.bias, dropout=m.dropout)).cuda()
+    compiled = torch.compile(model)
+    return peer_step(model, lambda idx, targets: compiled(idx, targets)[1], cfg)
+
+
+def transformers(cfg: Config, _: str) -> Step:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    m = cfg.model
+    config = LlamaConfig(
+        vocab_size=m.vocab_size,
+        hidden_size=m.n_embd,
+        intermediate_size=m.ffn_hidden,
+        num_hidden_layers=m.n_layer,
+        num_attention_heads=m.n_head,
+        num_key_value_heads=m.kv_heads,
+        max_position_embeddings=m.block_size,
+        tie_word_embeddings=m.weight_tying,
+        use_cache=False,
+    )
+    config._attn_implementation = "sdpa"
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).float()
+    compiled = torch.compile(model)
+
+    def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = compiled(input_ids=idx).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    return peer_step(model, torch.compile(loss), cfg)
+
+
+def torchtitan(cfg: Config, _: str) -> Step:
+    import torch
+    from torchtitan.models.llama3.model.args import TransformerModelArgs
+    from torchtitan.models.llama3.model.model import Transformer
+
+    m = cfg.model
+    sizes = dict(dim=m.n_embd, n_layers=m.n_layer, n_heads=m.n_head, n_kv_heads=m.kv_heads, vocab_size=m.vocab_size)
+    args = TransformerModelArgs(**sizes, max_seq_len=m.block_size, rope_theta=m.rope_theta)
+    with torch.device("cuda"):
+        model = Transformer(args)
+        model.init_weights()
+    for name, block in model.layers.named_children():  # as its own apply_compile does
+        model.layers.register_module(name, torch.compile(block, fullgraph=True))
+    loss_of_logits = torch.compile(lambda logits, y: torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten()))
+    return peer_step(model, lambda idx, targets: loss_of_logits(model(idx), targets), cfg)
+
+
+CONTESTANTS = {"nanotrain": nanotrain, "nanogpt": nanogpt, "transformers": transformers, "torchtitan": torchtitan}
+
+
+def run_contestant(name: str, cfg: Config, steps: int, profile: bool) -> dict[str, Any]:
+    """In a process of its own: step times in milliseconds and peak memory."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    contestant, _, argument = name.partition(":")
+    step = CONTESTANTS[contestant](cfg, argument)
+    batches = torch.randint(cfg.model.vocab_size, (4, 2, cfg.data.batch_size, cfg.model.block_size), device="cuda")
+    events = []
+    for number in range(WARMUP_STEPS + steps + 1):
+        if number == WARMUP_STEPS:
+            torch.cuda.reset_peak_memory_stats()
+        if number >= WARMUP_STEPS:
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+        step(*batches[number % 4])
+    torch.cuda.synchronize()
+    if profile and contestant == "nanotrain":
+        print_profile(step, batches)
+    times_ms = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return {"times_ms": times_ms, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def print_profile(step: Step, batches: Any) -> None:
+    """Device time of one step by kernel, the mean of three steps, longest first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for number in range(3):
+            step(*batches[number])
+        torch.cuda.synchronize()
+    rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
+    total_us = sum(row.device_time_total for row in rows)
+    print(f"{'us a step':>10s} {'share':>6s} {'calls':>6s}  kernel   (total {total_us / 3000:.1f} ms)")
+    for row in rows[:40]:
+        share = 100 * row.device_time_total / total_us
+        print(f"{row.device_time_total / 3:10.0f} {share:5.1f}% {row.count / 3:6.0f}  {row.key[:110]}")
+
+
+def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | None) -> None:
+    import torch
+
+    from flops import flops_per_token, peak_tflops
+
+    tokens = cfg.data.batch_size * cfg.model.block_size
+    peak = peak_tflops(torch.cuda.get_device_name(), "bfloat16")
+    result = {}
+    for name, rounds in figures.items():
+        step_ms = statistics.median(t for r in rounds for t in r["times_ms"])
+        tokens_per_s = 1e3 * tokens / step_ms
+        result[name.partition(":")[0]] = {
+            "step_ms": round(step_ms, 3),
+            "rounds_ms": [round(statistics.median(r["times_ms"]), 3) for r in rounds],
+            "tokens_per_s": round(tokens_per_s),
+            "mfu_percent": peak and round(100 * flops_per_token(cfg.model) * tokens_per_s / peak / 1e12, 2),
+            "peak_gib": round(max(r["peak_gib"] for r in rounds), 2),
+        }
+    ours, gpu = result["nanotrain"], torch.cuda.get_device_name()
+    print(f"\n{cfg.model.architecture}, {cfg.data.batch_size} x {cfg.model.block_size:,}, {gpu}, torch {torch.__version__}")
+    print(f"{'':14s} {'ms':>9s} {'tokens/s':>10s} {'MFU %':>7s} {'GiB':>7s} {'ours / theirs':>14s}  rounds, ms")
+    for name, row in result.items():
+        ratio, mfu = ours["tokens_per_s"] / row["tokens_per_s"], row["mfu_percent"] or float("nan")
+        figures_of_row = f"{row['step_ms']:9.2f} {row['tokens_per_s']:10,d} {mfu:7.2f} {row['peak_gib']:7.2f} {ratio:14.3f}"
+        print(f"{name:14s} {figures_of_row}  {', '.join(f'{ms:.2f}' for ms in row['rounds_ms'])}")
+    if path:
+        about = {"architecture": cfg.model.architecture, "batch": [cfg.data.batch_size, cfg.model.block_size]}
+        software = {"gpu": gpu, "torch": torch.__version__}
+        Path(path).write_text(json.dumps(about | software | {"contestants": result}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", action="append", default=[], help="nanogpt:PATH, transformers or torchtitan; may be repeated")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the child process
+    args, knobs = parser.parse_known_args()
+    cfg = load_config(knobs)
+    if cfg.model.vocab_size == 0:
+        knobs.append("--vocab_size=50304")  # GPT-2's, padded
+        cfg = load_config(knobs)
+    if args.contestant:
+        Path(args.json).write_text(json.dumps(run_contestant(args.contestant, cfg, args.steps, args.profile)))
+        return
+    names = ["nanotrain", *args.peer]
+    if unknown := [name for name in names if name.partition(":")[0] not in CONTESTANTS]:
+        parser.error(f"unknown peer {', '.join(unknown)}: choose from nanogpt:PATH, transformers, torchtitan")
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in itertools.product(range(args.rounds), names):
+            child = [
+                sys.executable,
+                __file__,
+                f"--contestant={name}",
+                f"--json={folder}/figures.json",
+                f"--steps={args.steps}",
+                *knobs,
+            ]
+            subprocess.run([*child, "--profile"] if args.profile and number == 0 else child, check=True)
+            figures[name].append(json.loads(Path(folder, "figures.json").read_text()))
+    report(figures, cfg, args.json)
+
+
+if __name__ == "__main__":
+    main()
