@@ -39,7 +39,7 @@ from data.tokens import Dataset, padded_vocab_size
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from model import Transformer
 from optim import optimizer_tensors
-from parallel import Ranks, device_name, random_state, set_random_state
+from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
 from precision import LossScale, autocast
 from training_logger import Throughput, TrainingLogger, new_run_name
 
@@ -66,11 +66,12 @@ class TrainState:
     step: int = 0  # finished steps
     samples: int = 0  # sequences they have read: the position in the global sample order
     evaluated_step: int = -1
+    val_loss: float | None = None  # of the last evaluation
     best_val_loss: float | None = None
     skipped: int = 0  # steps with a gradient that was not finite
     skipped_in_a_row: int = 0
 
-    COUNTERS = ("step", "samples", "evaluated_step", "best_val_loss", "skipped", "skipped_in_a_row")
+    COUNTERS = ("step", "samples", "evaluated_step", "val_loss", "best_val_loss", "skipped", "skipped_in_a_row")
 
     @property
     def tokens(self) -> int:
@@ -83,7 +84,7 @@ class TrainState:
     def to_json(self, cfg: Config, dataset: Dataset) -> dict[str, Any]:
         return {
             "run_name": self.run_name,
-            "val_loss": self.best_val_loss,
+            "val_loss": self.val_loss,
             "counters": {name: getattr(self, name) for name in self.COUNTERS},
             "rng": {str(self.ranks.rank): random_state(self.ranks.device)},
             "config": {"values": cfg.values(), "origins": cfg.origins},
@@ -97,8 +98,18 @@ class TrainState:
         tensors, saved = unused_scale | self.tensors(), checkpoint.metadata.state_dict_metadata
         checkpoint.load({name: t for name, t in tensors.items() if name in saved or name not in unused_scale})
         for name in self.COUNTERS:
-            setattr(self, name, checkpoint.state["counters"][name])
+            setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
+
+
+def schedule_notes(cfg: Config) -> list[str]:
+    """A line where the learning rate will not go where the user may think."""
+    o = cfg.optim
+    if o.decay_lr and o.max_iters <= o.warmup_iters:
+        return [f"note: all {o.max_iters:,} steps are warm-up: --warmup_iters={o.warmup_iters}"]
+    if o.decay_lr and o.lr_schedule != "constant" and o.max_iters < o.lr_decay_iters // 2:
+        return [f"note: the learning rate decays over --lr_decay_iters={o.lr_decay_iters} steps; this run makes {o.max_iters:,}"]
+    return []
 
 
 def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
@@ -133,7 +144,7 @@ def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Chec
     replaces = checkpoint is not None and is_own(cfg, checkpoint)
     if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint, replaces)):
         notes.append(warning)
-    return checkpoint, notes
+    return checkpoint, [*notes, *schedule_notes(cfg)]
 
 
 def is_own(cfg: Config, checkpoint: Checkpoint) -> bool:
@@ -194,6 +205,11 @@ def run_name_of(cfg: Config, checkpoint: Checkpoint | None) -> str:
     return cfg.run.run_name or (checkpoint.state["run_name"] if checkpoint else new_run_name())
 
 
+def ending(kind: type[BaseException] | None, error: BaseException | None, stop: StopRequest) -> str:
+    """How the run ended, in a word or a line."""
+    return f"{kind.__name__}: {error}" if kind else stop.reason or "finished"
+
+
 def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Callable[[str], None]) -> Callable[..., torch.Tensor]:
     """The model's forward pass, compiled where `compile` asks for it and a compiler is there.
 
@@ -206,6 +222,7 @@ def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Call
     if missing := missing_compiler(device):
         say(f"not compiled: torch.compile needs {missing} here; install g++, or pass --compile=False")
         return model
+    say("compiling the model (--compile=False starts at once and runs slower)")
     t0_s, before = time.perf_counter(), random_state(device)
     forward = torch.compile(model)
     ids = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import startup
 from checkpoint import CheckpointStore
@@ -90,11 +91,10 @@ def train(cfg: Config, stack: ExitStack) -> int:
     # 6. Logger: the start report, then one record a logged step. Rank 0 writes, the others are silent.
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
     log = TrainingLogger(cfg, state.run_name, resume_iter, checkpoint and checkpoint.state["run_name"], active=ranks.is_main)
-    stack.push(lambda kind, error, _: log.close(f"{kind.__name__}: {error}" if kind else stop.reason or "finished"))
+    stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
     info, throughput = startup.start_report(cfg, dataset, ranks, dtype, chosen_kernels)
     log.report(info, throughput)
-    for line in [*startup.marker_lines(info), *describe_groups(optimizer), *notes]:
-        log.line(line)
+    log.line("\n".join([*startup.marker_lines(info), *describe_groups(optimizer), *notes]))
     forward = startup.compile_model(model, cfg, dtype, log.line)
     store = startup.open_store(cfg, checkpoint, log)
     stack.callback(store.close)  # waits until everything is on the disk
@@ -146,7 +146,7 @@ def loop(run: Run) -> None:
             save(run, tiers)
         run.store.poll()
     report_steps(run, keep=0)
-    if run.in_latest != (state.step, state.evaluated_step):
+    if state.step > 0 and run.in_latest != (state.step, state.evaluated_step):
         save(run, ["latest"])
 
 
@@ -159,7 +159,7 @@ def train_step(run: Run) -> None:
     cfg, state, device = run.cfg, run.state, run.state.ranks.device
     micro_steps = cfg.data.gradient_accumulation_steps // state.ranks.world_size
     lr = learning_rate(state.step, cfg.optim)
-    logged = state.step == 0 or due(state.step + 1, cfg.log.log_interval)
+    logged = due(state.step + 1, cfg.log.log_interval) or state.step + 1 in (1, cfg.optim.max_iters)
     loss = torch.zeros((), device=device)
     for x, y in run.loader.step():  # (B, T) each; micro-batches are equally long, so the mean of their means is the mean
         with autocast(device, run.dtype):
@@ -227,7 +227,7 @@ def evaluate(run: Run) -> bool:
     bits_per_byte = val_loss / math.log(2) / run.dataset.val_bytes_per_token if run.dataset.val_bytes_per_token else None
     run.log.evaluation(state.step, train_loss, val_loss, bits_per_byte, learning_rate(state.step, run.cfg.optim), state.tokens)
     run.readback.restart_clock()
-    state.evaluated_step = state.step
+    state.evaluated_step, state.val_loss = state.step, val_loss
     improved = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
     if improved:
         state.best_val_loss = val_loss
@@ -241,7 +241,8 @@ def split_loss(run: Run, tokens: Any, iters: int) -> float | None:
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of losses, number of targets
     run.state.model.eval()
     try:
-        for x, y in evaluation_batches(tokens, cfg.model.block_size, cfg.data, iters, ranks.device, ranks.rank, ranks.world_size):
+        batches = evaluation_batches(tokens, cfg.model.block_size, cfg.data, iters, ranks.device, ranks.rank, ranks.world_size)
+        for x, y in tqdm(batches, "evaluating", delay=2, leave=False, disable=None):  # on a terminal, where it takes longer
             if run.stop:
                 return None
             with autocast(ranks.device, run.dtype):

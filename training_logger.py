@@ -59,6 +59,7 @@ class Progress:
     best_evaluation: dict[str, Any] = field(default_factory=dict)
     skipped_steps: int = 0
     starts: list[int] = field(default_factory=lambda: [-1])  # steps after which a process began
+    at_end: dict[str, int] = field(default_factory=dict)  # last_iter and total_tokens, which the last record may lag behind
 
     def add_step(self, record: dict[str, Any]) -> None:
         previous, self.last_step = self.last_step.get("iter", -1), record
@@ -85,6 +86,7 @@ class Progress:
             "skipped_steps": self.skipped_steps,
             "wall_s": wall_s,
             "status": status,
+            **self.at_end,
         }
 
 
@@ -148,11 +150,12 @@ def duration(seconds: float) -> str:
 
 
 def report_text(info: dict[str, dict[str, Any]]) -> str:
-    """The start report: a heading for each section, its entries aligned below."""
+    """The start report: a heading for each section, its entries aligned below; what is not known is left out."""
     width = max((len(name) for entries in info.values() for name in entries), default=0)
     lines = []
     for section, entries in info.items():
-        lines += [f"{section}:", *(f"  {name.replace('_', ' '):<{width}}  {readable(value)}" for name, value in entries.items())]
+        known = {name.replace("_", " "): readable(value) for name, value in entries.items() if value is not None}
+        lines += [f"{section}:", *(f"  {name:<{width}}  {text}" for name, text in known.items())]
     return "\n".join(lines)
 
 
@@ -161,7 +164,7 @@ def readable(value: Any) -> str:
         return ", ".join(map(readable, value)) or "none"
     if isinstance(value, float):
         return f"{value:,.6g}"
-    return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def tagged(record: dict[str, Any]) -> dict[str, float]:
@@ -339,14 +342,20 @@ class TrainingLogger:
         self._console.print(text)
         self._tell(lambda sink: sink.text(text, iter))
 
-    def close(self, reason: str) -> None:
-        """Ends the log: last summary, a closing line, and everything flushed. A second call does nothing."""
+    def close(self, reason: str, last: tuple[int, int] | None = None) -> None:
+        """Ends the log: last summary, a closing line, and everything flushed. A second call does nothing.
+
+        `last`: steps and tokens of the run so far, where the last step may not have been logged.
+        """
         if not self.active:
             return
-        best = self._progress.best_evaluation
+        if last:
+            self._iter = last[0]
+            self._progress.at_end = {"last_iter": last[0], "total_tokens": last[1]}
+        best, summary = self._progress.best_evaluation, self._progress.summary(self._wall_s(), reason)
         loss = f"best val loss {best['val_loss']:.4f} at step {best['iter']}, " if best else ""
-        tokens, wall = self._progress.last_step.get("tokens", 0), duration(self._wall_s())
-        self.event("stop", self._iter, f"{reason}: {loss}{tokens:,} tokens, {wall}; log in {self._file.path}", reason=reason)
+        about = f"{summary['total_tokens']:,} tokens, {duration(self._wall_s())}; log in {self._file.path}"
+        self.event("stop", self._iter, f"{reason} after step {self._iter}: {loss}{about}", reason=reason)
         self._put_summary(reason)
         self._tell(lambda sink: sink.close())
         self._file.close()

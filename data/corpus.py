@@ -372,7 +372,7 @@ def _publish(job: Job, journal: Journal) -> None:
         if not progress.tokens:
             raise UserError(
                 f"none of the {journal.documents:,} documents fell to {split}.bin (--val_fraction={job.val_fraction}): "
-                "pass another --val_fraction or more text"
+                "pass --val_fraction=0.1, or more text"
             )
     manifests = {
         split: SplitManifest(progress.tokens, progress.bytes, progress.documents, _sha256(job.parts / f"{split}.bin"))

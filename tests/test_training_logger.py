@@ -435,18 +435,18 @@ def test_the_report_is_aligned_and_the_closing_line_sums_up(tmp_path: Path, caps
         "  total parameters  124,440,000\n"
         "  tied              True\n"
         "hardware:\n"
-        "  peak tflops       -\n"
         "  kernels           LayerNorm, RMSNorm\n"
         "  none              none\n"
     )
     log_everything(logger, 10)
     capsys.readouterr()
-    logger.close("SIGTERM")
+    logger.close("SIGTERM", (12, 61_620))  # two steps were not logged
     logger.close("again")
     path = log_path(tmp_path, "x")
-    closing = rf"SIGTERM: best val loss 2\.9000 at step 10, 51,350 tokens, \d+s; log in {re.escape(str(path))}\n"
+    closing = rf"SIGTERM after step 12: best val loss 2\.9000 at step 10, 61,620 tokens, \d+s; log in {re.escape(str(path))}\n"
     assert re.fullmatch(closing, capsys.readouterr().out)
-    assert strict(path)["summary"]["status"] == "SIGTERM"
+    summary = strict(path)["summary"]
+    assert (summary["status"], summary["last_iter"], summary["total_tokens"]) == ("SIGTERM", 12, 61_620)
 
 
 @pytest.mark.parametrize("no_color", [False, True])
