@@ -362,7 +362,9 @@ def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]])
             if before != now and None not in (before, now):
                 rows.append((knob, str(before), str(now)))
     if rows:
-        raise UserError("the checkpoint does not fit this run:\n" + table(("knob", "checkpoint", "this run"), rows))
+        differing = table(("knob", "checkpoint", "this run"), rows)
+        what_to_type = "repeat the flags of that run, or choose another --out_dir=..."
+        raise UserError(f"the checkpoint does not fit this run:\n{differing}\n{what_to_type}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +374,7 @@ def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]])
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="checkpoint.py", description="What checkpoints are on disk, and are they whole?")
-    what = "list compares file sizes; verify every checksum (exit code 1 if any is damaged); inspect prints one whole, as JSON"
+    what = "list compares file sizes; verify every checksum (exit code 1 if any is damaged); inspect prints one, as JSON"
     parser.add_argument("command", choices=("list", "verify", "inspect"), help=what)
     parser.add_argument("path", nargs="?", default="out", help="an out_dir, its folder of checkpoints, or one checkpoint")
     args = parser.parse_args(argv)
@@ -383,30 +385,39 @@ def main(argv: list[str]) -> int:
     if args.command == "inspect":
         inspect(next(iter(tiers.values())))
         return 0
-    rows = [row_of(tier, folder, checksums=args.command == "verify") for tier, folder in tiers.items()]
-    print(table(("tier", "step", "val loss", "bytes", "saved (UTC)", "whole"), rows))
-    return int(args.command == "verify" and any(row[-1] != "yes" for row in rows))
+    checksums = args.command == "verify"
+    rows = [row_of(tier, folder, checksums) for tier, folder in tiers.items()]
+    print(table(("tier", "step", "val loss", "bytes", "saved (UTC)", "checksums" if checksums else "sizes"), rows))
+    if not checksums:
+        print(f"verify checks every byte: python checkpoint.py verify {path}")
+    return int(checksums and any(row[-1] != "ok" for row in rows))
 
 
 def row_of(tier: str, folder: Path, checksums: bool) -> list[str]:
-    """What `list` and `verify` show of a checkpoint; the last cell is "yes" or its damage."""
-    cells, whole = ["-"] * 4, "yes"
+    """What `list` and `verify` show of a checkpoint; the last cell is "ok" or what is wrong."""
+    cells, finding = ["-"] * 4, "ok"
     try:
         manifest = read_manifest(folder)
         val_loss = "-" if manifest["val_loss"] is None else f"{manifest['val_loss']:.4f}"
         cells = [str(manifest["iter"]), val_loss, f"{_size_bytes(manifest):,}", manifest["saved_at"][:19]]
         check_files(folder, manifest, checksums)
-    except (DamagedError, UserError) as error:
-        whole = str(error)
-    return [tier, *cells, whole]
+    except DamagedError as error:
+        finding = f"DAMAGED: {error}"
+    except UserError as error:  # of a newer version
+        finding = str(error)
+    return [tier, *cells, finding]
 
 
 def inspect(folder: Path) -> None:
+    """Prints what is in a checkpoint; of tensors their shapes, of random number generators the size."""
     try:
         checkpoint = open_checkpoint(folder)
     except DamagedError as error:
         raise UserError(f"{folder} is damaged: {error}") from None
-    document = {"manifest": checkpoint.manifest, "state": checkpoint.state, "tensors": checkpoint.describe_tensors()}
+    generators = checkpoint.state.get("rng", {})  # of each rank, by device: hexadecimal
+    sizes = {rank: {name: f"{len(text) // 2:,} bytes" for name, text in each.items()} for rank, each in generators.items()}
+    state, tensors = checkpoint.state | {"rng": sizes}, checkpoint.describe_tensors()
+    document = {"manifest": checkpoint.manifest, "state": state, "tensors": tensors}
     print(json.dumps({"path": str(folder)} | document, indent=1))
 
 

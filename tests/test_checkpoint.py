@@ -241,7 +241,9 @@ def test_another_model_or_dataset_is_refused_with_a_table() -> None:
     check_compatible(state, {"model": state["model"]})
     with pytest.raises(UserError) as error:
         check_compatible(state, {"model": {"n_layer": 3, "n_head": 4}, "data": {"train": "def", "vocab_size": 0}})
-    assert [line.split() for line in str(error.value).splitlines()[2:]] == [
+    *rows, last = str(error.value).splitlines()[2:]
+    assert last == "repeat the flags of that run, or choose another --out_dir=..."
+    assert [row.split() for row in rows] == [
         ["gone", "1", "(none)"],
         ["n_layer", "2", "3"],
         ["train", "abc", "def"],
@@ -254,7 +256,7 @@ def test_a_knob_newer_than_the_checkpoint_had_its_default() -> None:
     check_compatible(state, {"model": {"n_layer": 2, "qk_norm": False, "rope_theta": 10000.0}})
     with pytest.raises(UserError) as error:
         check_compatible(state, {"model": {"n_layer": 2, "qk_norm": True, "rope_theta": 10000.0}})
-    assert str(error.value).splitlines()[2:] == ["qk_norm  False       True"]
+    assert str(error.value).splitlines()[2:-1] == ["qk_norm  False       True"]
 
 
 def test_what_is_not_known_fits() -> None:
@@ -478,38 +480,39 @@ def test_list_and_verify(saver: Saver) -> None:
     saver(1, "latest", "best_model", val_loss=2.34567)
     saver(2, "latest")
     listed = command("list", saver.out_dir)
-    rows = [line.split() for line in listed.stdout.splitlines()[1:]]
+    header, *rows, last = [line.split() for line in listed.stdout.splitlines()]
+    assert header[-1] == "sizes" and " ".join(last) == f"verify checks every byte: python checkpoint.py verify {saver.out_dir}"
     assert [(row[0], row[1], row[2], row[-1]) for row in rows] == [
-        ("latest", "2", "-", "yes"),
-        ("latest_backup", "1", "2.3457", "yes"),
-        ("best_model", "1", "2.3457", "yes"),
+        ("latest", "2", "-", "ok"),
+        ("latest_backup", "1", "2.3457", "ok"),
+        ("best_model", "1", "2.3457", "ok"),
     ]
     assert command("verify", saver.out_dir).returncode == 0
     file = saver.root / "latest" / "__0_0.distcp"
     data = file.read_bytes()
     file.write_bytes(data[:300] + bytes([data[300] ^ 1]) + data[301:])
-    assert "checksum" not in command("list", saver.out_dir).stdout  # sizes only
+    assert "DAMAGED" not in command("list", saver.out_dir).stdout  # sizes only
     (saver.root / "best_model" / "state.json").unlink()
-    assert "state.json is missing" in command("list", saver.out_dir).stdout
+    assert "DAMAGED: state.json is missing" in command("list", saver.out_dir).stdout
     (saver.root / "best_model" / "state.json").write_text("{}")
     assert "state.json has 2 bytes, not" in command("list", saver.out_dir).stdout
     verified = command("verify", saver.root)
     assert verified.returncode == 1
     header, *lines = verified.stdout.splitlines()
-    damage = {line.split()[0]: line[header.index("whole") :] for line in lines}
-    assert damage.pop("best_model").startswith("state.json has 2 bytes, not ")
-    assert damage == {"latest": "__0_0.distcp does not match its checksum", "latest_backup": "yes"}
+    damage = {line.split()[0]: line[header.index("checksums") :] for line in lines}
+    assert damage.pop("best_model").startswith("DAMAGED: state.json has 2 bytes, not ")
+    assert damage == {"latest": "DAMAGED: __0_0.distcp does not match its checksum", "latest_backup": "ok"}
     (saver.root / "latest_backup" / "manifest.json").unlink()
     assert "latest_backup  -     -         -      -" in command("list", saver.out_dir).stdout
 
 
 def test_inspect(saver: Saver) -> None:
     saver(1, "best_model", note="hello")
-    saver(2, "latest")
+    saver(2, "latest", rng={"0": {"cpu": "00ff" * 2528}})
     best, latest = (json.loads(command("inspect", path).stdout) for path in (saver.root / "best_model", saver.out_dir))
     assert best["path"] == str(saver.root / "best_model") and best["manifest"]["iter"] == 1 and best["state"]["note"] == "hello"
     assert best["tensors"] == {"model.a": "float32 [5, 3]", "optim.a.exp_avg": "float32 [5, 3]"}
-    assert latest["manifest"]["iter"] == 2
+    assert latest["manifest"]["iter"] == 2 and latest["state"]["rng"] == {"0": {"cpu": "5,056 bytes"}}
     (saver.root / "latest" / "state.json").write_text("{}")
     damaged = command("inspect", saver.out_dir)
     assert damaged.returncode == 2 and "latest is damaged: state.json has 2 bytes" in damaged.stderr and not damaged.stdout
@@ -518,6 +521,26 @@ def test_inspect(saver: Saver) -> None:
 def test_commands_say_what_is_wrong(tmp_path: Path) -> None:
     result = command("list", tmp_path)
     assert result.returncode == 2 and "no checkpoints in" in result.stderr and "Traceback" not in result.stderr
+
+
+def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """A script with `echo` for its Python: what it would run."""
+    environment = os.environ | {"PYTHON": "echo"}
+    return subprocess.run([ROOT / "scripts" / name, *args], env=environment, capture_output=True, text=True)
+
+
+def test_resume_training_without_arguments_says_how_to_call_it() -> None:
+    bare = script("resume_training.sh")
+    assert bare.returncode == 2 and "usage: " in bare.stderr and not bare.stdout
+    assert script("resume_training.sh", "a.py", "--seed=1").stdout.endswith("train.py a.py --seed=1 --resume=latest\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "passed_on"),
+    [([], "."), (["out-a"], "out-a"), (["--port=1"], ". --port=1"), (["my runs", "--port", "1"], "my runs --port 1")],
+)
+def test_start_tensorboard_takes_a_folder_options_or_both(args: list[str], passed_on: str) -> None:
+    assert script("start_tensorboard.sh", *args).stdout == f"-m tensorboard.main --logdir {passed_on}\n"
 
 
 def test_help_is_quick() -> None:
