@@ -1,16 +1,18 @@
 """Plots of one run, or of several side by side: `python visualize_training.py [run_X.json | FOLDER ...]`.
 
-A folder stands for its newest run; where nothing is named, it is the newest run under out*/. One log becomes
-run_X_analysis.png beside it; several become one picture that overlays them by tokens and by wall time, above a table of the
-knobs and results that differ (also printed). A log may be read while it is written, or after a crash.
+A folder stands for its newest run that trained; where nothing is named, it is the newest one under out*/. One log becomes
+run_X_analysis.png beside it; several become comparison.png beside the first: overlays by tokens and by wall time, above a table
+of the knobs and results that differ (also printed). A log may be read while it is written, or after a crash.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +24,7 @@ from run_file import LISTS, read_log
 def arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plot one training run, or compare several.")
     parser.add_argument("logs", nargs="*", type=Path, help="run_X.json, or a folder for its newest [the newest under out*/]")
-    parser.add_argument("--output", type=Path, help="the picture [run_X_analysis.png beside the log; comparison.png for several]")
+    parser.add_argument("--output", type=Path, help="the picture [beside the first log: run_X_analysis.png, or comparison.png]")
     parser.add_argument("--smooth", type=int, help="records in the moving mean; 1 does not smooth [a fiftieth of the records]")
     args = parser.parse_args(argv)
     if args.output and args.output.suffix not in (".png", ".pdf", ".svg"):
@@ -36,9 +38,10 @@ if __name__ == "__main__":  # matplotlib takes half a second to import: --help a
 import numpy as np  # noqa: E402
 from matplotlib import rc_context  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.axis import Axis  # noqa: E402
 from matplotlib.figure import Figure, SubFigure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter  # noqa: E402
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter  # noqa: E402
 
 COLUMNS = {  # what is plotted of a training iteration, by the object of the record that holds it
     "": ("iter", "loss", "lr", "time_ms", "data_wait_ms", "tokens"),
@@ -46,6 +49,7 @@ COLUMNS = {  # what is plotted of a training iteration, by the object of the rec
     "memory": ("allocated_gb", "peak_gb", "reserved_gb"),
     "gradients": ("global_norm", "grad_std"),
 }
+TIME_STAMP = re.compile(r"\d{8}_\d{6}")  # the name of a run that was given none
 DRAWN_POINTS = 3_000  # a line of more points than the picture has pixels is thinned to its extremes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C564B")  # Okabe and Ito's, and brown
 BLUE, ORANGE, GREY = *COLOURS[:2], "0.5"
@@ -104,12 +108,18 @@ def read_run(path: Path) -> Run:
     return Run(path, sections["run_name"], knobs, *others, **lists, steps={name: np.frombuffer(y) for name, y in columns.items()})
 
 
-def newest_log(pattern: str, *folders: Path) -> Path:
-    """The log written last in the first of the folders that has any. Raises LogError."""
+def newest_run(pattern: str, *folders: Path) -> Run:
+    """The run written last in the first of the folders that has any; logs without a training iteration are passed over.
+
+    Raises LogError.
+    """
     for folder in folders:
-        if logs := list(folder.glob(pattern)):
-            return max(logs, key=lambda path: path.stat().st_mtime)
-    raise LogError(f"{folders[0]}: there is no {pattern}; name a log: python visualize_training.py FOLDER/run_X.json")
+        for path in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
+            with suppress(LogError):
+                return read_run(path)
+    raise LogError(
+        f"{folders[0]}: no {pattern} has a training iteration; name a log: python visualize_training.py FOLDER/run_X.json"
+    )
 
 
 def moving_mean(y: np.ndarray, window: int) -> np.ndarray:
@@ -167,11 +177,15 @@ def limit_to_later(ax: Axes, *lines: tuple[np.ndarray, np.ndarray]) -> None:
 
 
 def log_scale(ax: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers at 1, 2, 5, 10, ..."""
+    """A logarithmic vertical axis with numbers at 1, 2, 5, 10, ...; where fewer than two of them are in sight, evenly spaced."""
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = ax.get_ylim()
+    at = LogLocator(subs=(1, 2, 5))
+    if sum(low <= value <= high for value in at.tick_values(low, high)) < 2:
+        at = MaxNLocator(4)
+    ax.yaxis.set_major_locator(at)
     ax.yaxis.set_minor_formatter(NullFormatter())
+    label_ticks(ax.yaxis)
 
 
 def grid(figure: Figure | SubFigure, counts: Sequence[int], heights: Sequence[float]) -> list[Axes]:
@@ -193,23 +207,38 @@ def dress(ax: Axes, title: str, y_label: str, x_label: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.margins(x=0.01)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=x_label == "step", steps=(1, 2, 5, 10)))
-    ax.xaxis.set_major_formatter(lambda value, _: in_words(value) if x_label == "tokens" else f"{value:,.10g}")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    label_ticks(ax.xaxis)
+    label_ticks(ax.yaxis)
 
 
-def in_words(count: float) -> str:
-    """1.24M, 6B."""
+def label_ticks(axis: Axis) -> None:
+    """2.5M, 500k, 0.25; with exponents (2e-4) all along an axis of small numbers."""
+    axis.set_major_formatter(lambda value, _: in_words(value, 6, plain_from=0.1 if max(axis.get_view_interval()) < 0.1 else 1e-3))
+
+
+def in_words(number: float, digits: int = 3, plain_from: float = 0.01) -> str:
+    """1.24M, 6B, 0.25; 6e-4 where it is less than `plain_from`."""
+    number = float(f"{number:.{digits}g}")  # first: 999,999 is 1M, not 1000k
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
+        if abs(number) >= size:
+            return f"{number / size:g}{unit}"
+    if not 0 < abs(number) < plain_from:
+        return f"{number:g}"
+    mantissa, exponent = f"{number:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def time_unit(seconds: float) -> tuple[str, int]:
+    """The unit that suits, and its seconds."""
+    return ("s", 1) if seconds < 120 else ("min", 60) if seconds < 7200 else ("h", 3600)
 
 
 def time_span(seconds: float | None) -> str | None:
     """45 s, 12.5 min, 63.2 h."""
     if seconds is None:
         return None
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    unit, unit_s = time_unit(seconds)
+    return f"{seconds / unit_s:.{int(unit_s > 1)}f} {unit}"
 
 
 @dataclass(frozen=True)
@@ -236,12 +265,12 @@ def draw_panel(ax: Axes, run: Run, panel: Panel, window: int) -> None:
     dress(ax, panel.title, panel.y_label, "step")
     for (column, label), color in zip(panel.columns.items(), COLOURS, strict=False):
         draw(ax, run, column, window if panel.is_smoothed else 1, color=color, label=label)
+    if "global_norm" in panel.columns and (clip := run.knobs.get("grad_clip")):
+        ax.axhline(clip, color=GREY, linestyle=":", linewidth=1, label=f"clipped at {clip:g}")
     if panel.is_logarithmic:
         log_scale(ax)
     else:
         limit_to_bulk(ax, *(run.steps[column] for column in panel.columns))
-    if "global_norm" in panel.columns and (clip := run.knobs.get("grad_clip")):
-        ax.axhline(clip, color=GREY, linestyle=":", linewidth=1, label=f"clipped at {clip:g}")
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper right", ncols=3)
 
@@ -249,10 +278,9 @@ def draw_panel(ax: Axes, run: Run, panel: Panel, window: int) -> None:
 def draw_loss(ax: Axes, run: Run, window: int) -> None:
     dress(ax, "Loss", "nats per token", "step")
     draw(ax, run, "loss", window, color=BLUE, label="train" if window == 1 else f"train, mean of {window:,} records")
-    at, val = run.evaluations("iter"), run.evaluations("val_loss")
+    at, val, train = (run.evaluations(key) for key in ("iter", "val_loss", "train_loss"))
     if np.isfinite(val).any():
         size = 4 if len(at) <= 60 else 1.5
-        train = run.evaluations("train_loss")
         ax.plot(at, train, "s", color=BLUE, markersize=size, markerfacecolor="white", label="train, evaluated")
         ax.plot(at, val, "o-", color=ORANGE, markersize=size, linewidth=1.4, label="validation")
         best = run.eval_steps[int(np.nanargmin(val))]
@@ -261,8 +289,8 @@ def draw_loss(ax: Axes, run: Run, window: int) -> None:
             label += f", {bits:.4f} bits per byte"
         ax.plot(best["iter"], best["val_loss"], "*", color=ORANGE, markersize=14, markeredgecolor="white", zorder=5, label=label)
     mark_events(ax, run)
-    limit_to_later(ax, (run.steps["iter"], moving_mean(run.steps["loss"], window)), (at, val))
-    ax.legend(loc="upper right", ncols=2)
+    limit_to_later(ax, (run.steps["iter"], moving_mean(run.steps["loss"], window)), (at, val), (at, train))
+    ax.legend(loc="best", ncols=2)
 
 
 def mark_events(ax: Axes, run: Run) -> None:
@@ -294,7 +322,7 @@ def plot_run(run: Run, smooth: int | None) -> Figure:
 
 def heading(run: Run) -> str:
     """What was trained, and how far: two lines above the picture."""
-    what = [run.name, run.startup_info.get("model", {}).get("architecture"), run.knobs.get("dataset")]
+    what = [run.name, architecture(run), run.knobs.get("dataset")]
     how_far = [
         f"step {run.steps['iter'][-1]:,.0f}" + (f" of {run.knobs['max_iters']:,}" if "max_iters" in run.knobs else ""),
         f"{in_words(run.steps['tokens'][-1])} tokens",
@@ -338,7 +366,7 @@ def wall_seconds(run: Run) -> np.ndarray:
 
 
 def draw_overlay(ax: Axes, runs: Sequence[Run], overlay: Overlay, smooth: int | None) -> None:
-    unit, unit_s = ("hours", 3600) if max(wall_seconds(run)[-1] for run in runs) > 7200 else ("minutes", 60)
+    unit, unit_s = time_unit(max(wall_seconds(run)[-1] for run in runs))
     dress(ax, overlay.title, overlay.y_label, unit if overlay.by_time else "tokens")
     lines = []
     for run, color in zip(runs, cycle(COLOURS), strict=False):
@@ -369,7 +397,10 @@ def compare_runs(runs: Sequence[Run], table: list[list[str]], smooth: int | None
     for ax, overlay in zip(axes, overlays, strict=True):
         draw_overlay(ax, runs, overlay, smooth)
     handles = [Line2D([], [], color=color, linewidth=3) for _, color in zip(runs, cycle(COLOURS), strict=False)]
-    axes[0].legend(handles, labels(runs), loc="upper right", title="thin: train, smoothed · bold: validation", title_fontsize=8)
+    names = [f"{label}  {architecture_of_unnamed(run)}" for run, label in zip(runs, labels(runs), strict=True)]
+    style = {"title": "thin: train, smoothed · bold: validation", "title_fontsize": 8}
+    per_row = max(1, 180 // (8 + max(map(len, names))))  # letters
+    top.legend(handles, names, loc="outside upper center", ncols=per_row, **style)
     draw_table(bottom.subplots(), table)
     return figure
 
@@ -380,8 +411,17 @@ def labels(runs: Sequence[Run]) -> list[str]:
     return [run.name if names.count(run.name) == 1 else f"{run.path.parent.name}/{run.name}" for run in runs]
 
 
+def architecture(run: Run) -> str | None:
+    return run.startup_info.get("model", {}).get("architecture")
+
+
+def architecture_of_unnamed(run: Run) -> str:
+    """What tells a run apart whose name is its time stamp; empty for the others."""
+    return (TIME_STAMP.fullmatch(run.name) and architecture(run)) or ""
+
+
 RESULTS: dict[str, Callable[[Run], Any]] = {
-    "architecture": lambda run: run.startup_info.get("model", {}).get("architecture"),
+    "architecture": architecture,
     "parameters": lambda run: run.startup_info.get("model", {}).get("parameters"),
     "status": lambda run: run.summary.get("status"),
     "steps": lambda run: int(run.steps["iter"][-1]),
@@ -401,13 +441,15 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
     names = sorted(set().union(*(run.knobs for run in runs)) - naming)
     knobs = [[name, *(cell(run.knobs.get(name)) for run in runs)] for name in names]
     results = [[name, *(cell(result(run)) for run in runs)] for name, result in RESULTS.items()]
+    if len({run.knobs.get("eval_iters") for run in runs}) > 1:  # not the same tokens: the losses are not comparable
+        results = [[name + " (eval_iters differ)" * ("val" in name), *cells] for name, *cells in results]
     return [row for row in knobs if len(set(row[1:])) > 1] + [row for row in results if set(row[1:]) != {"-"}]
 
 
 def cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "-" if value is None else f"{value:,}" if type(value) is int else str(value)
+        return f"{value:,.0f}" if abs(value) >= 1000 else in_words(value, 4)
+    return "-" if value is None else f"{value:,}" if type(value) is int else str(value).replace("\n", "\\n")
 
 
 def table_text(table: list[list[str]]) -> str:
@@ -434,14 +476,14 @@ def draw_table(ax: Axes, table: list[list[str]]) -> None:
 def main(argv: Sequence[str]) -> int:
     args = arguments(argv)
     try:
-        named = [newest_log("run_*.json", path) if path.is_dir() else path for path in args.logs]
-        runs = [read_run(path) for path in named or [newest_log("out*/run_*.json", Path.cwd(), Path(__file__).resolve().parent)]]
+        runs = [newest_run("run_*.json", path) if path.is_dir() else read_run(path) for path in args.logs]
+        runs = runs or [newest_run("out*/run_*.json", Path.cwd(), Path(__file__).resolve().parent)]
         with rc_context({"font.size": 9, "legend.fontsize": 8, "legend.framealpha": 0.85}):
             if len(runs) == 1:
                 output = args.output or runs[0].path.with_name(f"{runs[0].path.stem}_analysis.png")
                 figure = plot_run(runs[0], args.smooth)
             else:
-                output, table = args.output or Path("comparison.png"), [["", *labels(runs)], *differences(runs)]
+                output, table = args.output or runs[0].path.with_name("comparison.png"), [["", *labels(runs)], *differences(runs)]
                 print(table_text(table))
                 figure = compare_runs(runs, table, args.smooth)
             figure.savefig(output, dpi=110)

@@ -11,11 +11,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from configurator import ROOT, Config, ModelConfig, OptimConfig, RunConfig
 from run_file import StepRecord, Throughput, log_path
 from training_logger import TrainingLogger
-from visualize_training import DRAWN_POINTS, LogError, differences, labels, main, moving_mean, read_run, thinned, wall_seconds
+from visualize_training import (
+    DRAWN_POINTS,
+    LogError,
+    Overlay,
+    differences,
+    draw_overlay,
+    dress,
+    in_words,
+    labels,
+    log_scale,
+    main,
+    moving_mean,
+    read_run,
+    thinned,
+    wall_seconds,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -44,8 +60,6 @@ def write_log(folder: Path, name: str = "a", steps: int = 40, gpu: bool = False,
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The figures that were saved, for a look at what is in them."""
-    from matplotlib.figure import Figure
-
     figures, save = [], Figure.savefig
 
     def saving(figure: Any, *args: Any, **options: Any) -> None:
@@ -128,6 +142,17 @@ def test_a_run_before_its_first_step_says_so(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_newest_run_that_trained_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluation = TrainingLogger(Config(run=RunConfig(out_dir=str(tmp_path))), "eval_a")
+    evaluation.evaluation(40, 4.2, 4.3, None, 1e-3, 40_000)
+    evaluation.close("finished")
+    assert main([str(tmp_path)]) == 2
+    assert f"{tmp_path}: no run_*.json has a training iteration" in capsys.readouterr().err
+    os.utime(write_log(tmp_path), (1_000_000, 1_000_000))
+    assert main([str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.glob("*.png")] == ["run_a_analysis.png"]
+
+
 def test_the_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, folder in enumerate(("out", "out-b", "out-c")):
         path = write_log(tmp_path / folder, "a")
@@ -145,7 +170,7 @@ def test_a_folder_stands_for_its_newest_run(tmp_path: Path, capsys: pytest.Captu
     assert [path.name for path in tmp_path.glob("*.png")] == ["run_b_analysis.png"]
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / "empty")]) == 2
-    assert f"{tmp_path / 'empty'}: there is no run_*.json" in capsys.readouterr().err
+    assert f"{tmp_path / 'empty'}: no run_*.json" in capsys.readouterr().err
 
 
 ALWAYS = ["Loss", "Learning rate", "Throughput", "Step time", "Gradient norm, before clipping", "Gradient elements"]
@@ -171,6 +196,17 @@ def test_the_loss_panel_marks_what_happened(tmp_path: Path, drawn: list[Any]) ->
     assert lines["checkpoint"] == [10, 20, 30, 40] and lines["skipped step"] == [20] and lines["resumed"] == [20, 20]
 
 
+def test_the_loss_panel_shows_every_later_evaluation(tmp_path: Path, drawn: list[Any]) -> None:
+    path = write_log(tmp_path)
+    record = '"train_loss": 4.2'
+    assert path.read_text().count(record) == 1
+    path.write_text(path.read_text().replace(record, '"train_loss": 0.2'))  # far below the loss with dropout
+    assert main([str(path)]) == 0
+    [evaluated] = [line for line in drawn[0].axes[0].lines if line.get_label() == "train, evaluated"]
+    low, high = drawn[0].axes[0].get_ylim()
+    assert min(evaluated.get_ydata()) == 0.2 and all(low < y < high for y in evaluated.get_ydata())
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_run_of_few_records_is_drawn(tmp_path: Path, steps: int) -> None:
     path = write_log(tmp_path, steps=steps)
@@ -189,17 +225,91 @@ def test_several_runs_are_overlaid_above_a_table(tmp_path: Path, drawn: list[Any
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert printed[0] == ["a", "b"]
     assert [line[0] for line in printed].count("learning_rate") == 1
-    assert ["learning_rate", "0.0006", "0.001"] in printed and ["steps", "40", "20"] in printed
+    assert ["learning_rate", "6e-4", "1e-3"] in printed and ["steps", "40", "20"] in printed
     assert ["best", "val", "loss", "4.3", "4.7"] in printed and ["tokens", "40k", "20k"] in printed
     assert not any(line[0] in ("n_layer", "run_name", "out_dir") for line in printed)
     table = [cell.get_text().get_text() for cell in figure.axes[-1].tables[0].get_celld().values()]
-    assert {"learning_rate", "0.0006", "0.001", "best val bits per byte"} <= set(table)
+    assert {"learning_rate", "6e-4", "1e-3", "best val bits per byte"} <= set(table)
+
+
+def test_a_comparison_lies_beside_the_first_log_under_a_legend(tmp_path: Path, drawn: list[Any]) -> None:
+    logs = [write_log(tmp_path / "out-a", "20261120_154630"), write_log(tmp_path / "out-b", "named")]
+    assert main([str(path) for path in logs]) == 0
+    assert (tmp_path / "out-a" / "comparison.png").read_bytes().startswith(PNG)
+    [figure] = drawn
+    [legend] = figure.subfigs[0].legends
+    assert [text.get_text().strip() for text in legend.get_texts()] == ["20261120_154630  2L", "named"]
+    boxes = [ax.get_tightbbox() for ax in figure.axes if ax.get_title(loc="left")]
+    assert len(boxes) == 5 and not any(legend.get_window_extent().overlaps(box) for box in boxes)
+
+
+@pytest.mark.parametrize(("step_ms", "unit", "wall"), [(2_000, "s", 80), (6_000, "min", 4), (360_000, "h", 4)])
+def test_the_wall_time_axis_picks_its_unit(tmp_path: Path, step_ms: int, unit: str, wall: float) -> None:
+    runs = [read_run(write_log(tmp_path, name)) for name in "ab"]
+    for run in runs:
+        run.eval_steps, run.steps["time_ms"] = [], np.full(40, step_ms)
+    ax = Figure().subplots()
+    draw_overlay(ax, runs, Overlay("Loss", "nats", "loss", "val_loss", by_time=True), 1)
+    assert ax.get_xlabel() == unit and ax.lines[0].get_xdata()[-1] == pytest.approx(wall)
+
+
+@pytest.mark.parametrize(("eval_iters", "name"), [(200, "best val loss"), (20, "best val loss (eval_iters differ)")])
+def test_validation_losses_of_other_samples_are_flagged(tmp_path: Path, eval_iters: int, name: str) -> None:
+    runs = [read_run(write_log(tmp_path, each)) for each in "ab"]
+    runs[1].knobs["eval_iters"] = eval_iters
+    assert [row[0] for row in differences(runs) if "val loss" in row[0]] == [name]
+
+
+def test_a_knob_with_a_line_break_stays_in_its_line(tmp_path: Path) -> None:
+    runs = [read_run(write_log(tmp_path, each)) for each in "ab"]
+    runs[1].knobs["sample_prompt"] = "def"
+    assert ["sample_prompt", "\\n", "def"] in differences(runs)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folder(tmp_path: Path) -> None:
     runs = [read_run(write_log(tmp_path / folder)) for folder in ("out-a", "out-b")]
     assert labels(runs) == ["out-a/a", "out-b/a"]
     assert not any(row[0] in ("out_dir", "learning_rate") for row in differences(runs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (7, "7"), (0.25, "0.25"), (0.0006, "6e-4"), (0.00123, "1.23e-3"), (999.9, "1k"), (999_999, "1M"), (2.5e6, "2.5M")],
+)
+def test_numbers_in_words(number: float, text: str) -> None:
+    assert in_words(number) == text
+
+
+@pytest.mark.parametrize(
+    ("top", "ticks"),
+    [
+        (2_500_000, ["0", "500k", "1M", "1.5M", "2M", "2.5M"]),
+        (1.0, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (0.02, ["0", "5e-3", "1e-2", "1.5e-2", "2e-2"]),
+        (0.001, ["0", "2e-4", "4e-4", "6e-4", "8e-4", "1e-3"]),
+    ],
+)
+def test_ticks_of_an_axis_are_of_one_kind(top: float, ticks: list[str]) -> None:
+    ax = Figure().subplots()
+    dress(ax, "", "", "step")
+    ax.set_ylim(0, top)
+    at = np.linspace(0, top, len(ticks))
+    assert [ax.yaxis.get_major_formatter()(value) for value in at] == ticks
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.3, 900.0), (1.1, 1.9), (0.33, 0.37), (2.1e-4, 4.9e-4)])
+def test_a_log_axis_has_two_labels_at_least(low: float, high: float) -> None:
+    ax = Figure().subplots()
+    ax.plot([low, high])
+    log_scale(ax)
+    bottom, top = ax.get_ylim()
+    labels = [label for at, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True) if bottom <= at <= top]
+    assert len({label.get_text() for label in labels}) >= 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
