@@ -302,13 +302,12 @@ def test_ticks_of_an_axis_are_of_one_kind(top: float, ticks: list[str]) -> None:
     assert [ax.yaxis.get_major_formatter()(value) for value in at] == ticks
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.3, 900.0), (1.1, 1.9), (0.33, 0.37), (2.1e-4, 4.9e-4)])
+@pytest.mark.parametrize(("low", "high"), [(0.3, 900.0), (1.1, 1.9), (0.53, 1.97), (9.8e-4, 1.02e-3)])
 def test_a_log_axis_has_two_labels_at_least(low: float, high: float) -> None:
     ax = Figure().subplots()
-    ax.plot([low, high])
+    ax.set_ylim(low, high)
     log_scale(ax)
-    bottom, top = ax.get_ylim()
-    labels = [label for at, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True) if bottom <= at <= top]
+    labels = [label for at, label in zip(ax.get_yticks(), ax.get_yticklabels(), strict=True) if low <= at <= high]
     assert len({label.get_text() for label in labels}) >= 2
 
 
