@@ -1,4 +1,4 @@
-"""Characters of Shakespeare with nanoGPT's baby settings: 10.6 M parameters, three minutes on one GPU."""
+"""Characters of Shakespeare with nanoGPT's baby settings: 10.6 M parameters, a minute or two on one GPU."""
 
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
