@@ -9,6 +9,7 @@ quickstart: .venv/installed
 	$(BIN)/python train.py config/quickstart.py
 	$(BIN)/python visualize_training.py out-quickstart
 	$(BIN)/python sample.py --out_dir=out-quickstart --start="def " --num_samples=3 --max_new_tokens=120
+	@echo "Its picture and log are in out-quickstart/. Next: source .venv/bin/activate; python train.py --help; scripts/start_tensorboard.sh"
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)

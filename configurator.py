@@ -352,7 +352,12 @@ def split_command_line(argv: Sequence[str], knobs: dict[str, Knob]) -> tuple[lis
             elif takes_next:
                 value = words.pop(0)
             elif knob:
-                problems.append(f"--{name}: needs a value, e.g. --{name}={knob.default!r}")
+                such_as = (
+                    f", such as --{name}={knob.default}"
+                    if knob.default not in ("", None)
+                    else f": {knob_comments()[knob.owner, knob.name]}"
+                )
+                problems.append(f"--{name}: needs a value{such_as}")
                 continue
         flags.append(Given(name, value, f"--{name}", is_text=True))
     return files, flags, problems

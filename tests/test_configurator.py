@@ -105,8 +105,9 @@ def test_mistakes_in_a_file_name_file_and_line(tmp_path, text, line, says):
     ("argv", "says"),
     [
         (["--n_layers=3"], "--n_layers: unknown knob 'n_layers'; did you mean 'n_layer'?"),
-        (["--max_iters"], "--max_iters: needs a value, e.g. --max_iters=600000"),
+        (["--max_iters"], "--max_iters: needs a value, such as --max_iters=600000"),
         (["--max_iters", "--bias"], "--max_iters: needs a value"),
+        (["--resume"], "--resume: needs a value: latest, best, "),
         (["--max_iters=1.5"], "--max_iters: max_iters='1.5' is not an int"),
         (["--bias=maybe"], "True or False"),
         (["--max_iters=inf"], "is not an int"),
