@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -583,6 +584,15 @@ def command_errors() -> Iterator[None]:
         sys.exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def answer_early(load: Callable[[list[str]], object]) -> None:
+    """Read the command line before torch, which takes seconds to import: --help and a mistyped flag are answered at once."""
+    with command_errors():
+        load(sys.argv[1:])
+        if importlib.util.find_spec("torch") is None:
+            raise UserError("this Python has no PyTorch: run `make quickstart` once, then `source .venv/bin/activate`")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would halve the speed of a CPU shared with others
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:

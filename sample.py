@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from configurator import DataConfig, ModelConfig, SampleConfig, UserError, command_errors, load_section, run_command, section_from
+from configurator import DataConfig, ModelConfig, SampleConfig, UserError, answer_early, load_section, run_command, section_from
 
-if __name__ == "__main__":  # torch takes seconds to import: --help and a mistyped flag are answered before that
-    with command_errors():
-        load_section(sys.argv[1:], SampleConfig)
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    answer_early(lambda argv: load_section(argv, SampleConfig))
 
 import time
 from dataclasses import replace

@@ -5,15 +5,12 @@ Read `train` from top to bottom: it is the table of contents of the whole system
 
 from __future__ import annotations
 
-import os
 import sys
 
-from configurator import Config, command_errors, load_config, run_command
+from configurator import Config, answer_early, load_config, run_command
 
-if __name__ == "__main__":  # torch takes seconds to import: --help and a mistyped flag are answered before that
-    with command_errors():
-        load_config(sys.argv[1:])
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would halve the speed of a CPU shared with others
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    answer_early(load_config)
 
 import math
 import time
