@@ -206,12 +206,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    def __init__(self, out_dir: Path, run_name: str, cfg: Config) -> None:
+    def __init__(self, out_dir: Path, id: str, cfg: Config) -> None:
         """Raises ImportError where the package is missing, and what it raises itself (no account, no network)."""
         import wandb
 
-        project, name = cfg.log.wandb_project, cfg.log.wandb_run_name or run_name
-        self._run = wandb.init(project=project, name=name, id=run_name, resume="allow", dir=str(out_dir), config=cfg.values())
+        project, name = cfg.log.wandb_project, cfg.log.wandb_run_name or id
+        self._run = wandb.init(project=project, name=name, id=id, resume="allow", dir=str(out_dir), config=cfg.values())
 
     def scalars(self, figures: dict[str, float], step: int) -> None:
         self._run.log(figures, step=step)
@@ -255,9 +255,11 @@ class TrainingLogger:
             moved = set_aside([path, path.with_suffix(".log"), board]) if is_new else []
             self._console = Console(path.with_suffix(".log"), cfg.log.console)
             sections = {"run_name": run_name, "config": {"values": cfg.values(), "origins": cfg.origins}}
+            # A second run of this name must not go on in the first one's page on Weights & Biases.
+            self._wandb_id = f"{run_name}-{new_run_name()}" if moved else run_name
             if resume_iter is None:
                 self._file = RunFile(path, sections, [], self.line)
-                self.event("start", 0, f"run {run_name} starts")
+                self.event("start", 0, f"run {run_name} starts", wandb_id=self._wandb_id)
             else:
                 self._resume(path, sections, resume_iter)
         except OSError as error:
@@ -270,7 +272,7 @@ class TrainingLogger:
             self._sinks.append(TensorBoard(board, resume_iter))
         if cfg.log.wandb_log:
             try:
-                self._sinks.append(WeightsAndBiases(out_dir, run_name, cfg))
+                self._sinks.append(WeightsAndBiases(out_dir, self._wandb_id, cfg))
             except Exception as error:  # no package, no account, no network: a service must not stop a run
                 self.line(f"wandb_log: training goes on without Weights & Biases: {error}")
 
@@ -369,6 +371,7 @@ class TrainingLogger:
             self.line(f"{path} is not a run log that this program wrote; it is kept as {set_aside([path])[0]}")
         for name in LISTS:
             sections[name] = [entry for entry in old.get(name, []) if entry["iter"] <= resume_iter or name == "events"]
+        self._wandb_id = next((e["wandb_id"] for e in reversed(sections["events"]) if "wandb_id" in e), self._wandb_id)
         for record in sections["eval_steps"]:
             self._progress.add_evaluation(record)
         summary = old.get("summary", {})  # absent where it was torn
@@ -386,7 +389,8 @@ class TrainingLogger:
         names = sorted(was.keys() & now.keys() - {"init_from", "resume", "run_name"})  # these say how a run was started
         changed = {name: (was[name], now[name]) for name in names if was[name] != now[name]}
         notes = [f"{name} was {before!r}, is {after!r}" for name, (before, after) in changed.items()]
-        self.event("resume", resume_iter, "; ".join([f"resumed at step {resume_iter}; log in {path}", *notes]), changed=changed)
+        message = "; ".join([f"resumed at step {resume_iter}; log in {path}", *notes])
+        self.event("resume", resume_iter, message, changed=changed, wandb_id=self._wandb_id)
 
     def _print_step(self, record: dict[str, Any]) -> None:
         lines = step_lines(record)

@@ -559,6 +559,15 @@ def test_weights_and_biases_receives_the_same_figures(tmp_path: Path, monkeypatc
     assert fake.finished
 
 
+def test_a_second_run_of_a_name_has_a_page_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, ids = FakeWandb(), []
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resume_iter in (None, None, 0):  # a run, another of its name, and that one resumed
+        opened(tmp_path, resume_iter=resume_iter, wandb_log=True).close("finished")
+        ids.append(fake.options["id"])
+    assert ids[0] == "x" and ids[1].startswith("x-") and ids[2] == ids[1]
+
+
 @pytest.mark.parametrize("trouble", ["missing", "fails at the start", "fails later"])
 def test_trouble_with_weights_and_biases_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trouble: str
