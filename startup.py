@@ -119,6 +119,7 @@ def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def refuse_pretrained(cfg: Config) -> None:
+    """Raises UserError where nanoGPT would load OpenAI's weights: said before anything is prepared for it."""
     if cfg.checkpoint.init_from not in ("scratch", "resume"):
         raise UserError(
             f"--init_from={cfg.checkpoint.init_from}: this version loads no pretrained weights; pass scratch or resume"
@@ -141,15 +142,15 @@ def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Chec
             raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
         else:
             notes.append(f"nothing saved in {out_dir} yet: starting from scratch")
-    replaces = checkpoint is not None and is_own(cfg, checkpoint)
+    replaces = is_own(cfg, checkpoint)
     if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint, replaces)):
         notes.append(warning)
-    return checkpoint, [*notes, *schedule_notes(cfg)]
+    return checkpoint, notes
 
 
-def is_own(cfg: Config, checkpoint: Checkpoint) -> bool:
-    """Whether it lies in this run's out_dir; `--resume=PATH` may name another run's."""
-    return checkpoint.path.parent.resolve() == (Path(cfg.run.out_dir) / FOLDER).resolve()
+def is_own(cfg: Config, checkpoint: Checkpoint | None) -> bool:
+    """Whether there is one and it lies in this run's out_dir; `--resume=PATH` may name another run's."""
+    return checkpoint is not None and checkpoint.path.parent.resolve() == (Path(cfg.run.out_dir) / FOLDER).resolve()
 
 
 def in_latest(cfg: Config, checkpoint: Checkpoint | None) -> tuple[int, int] | None:
@@ -162,8 +163,7 @@ def in_latest(cfg: Config, checkpoint: Checkpoint | None) -> tuple[int, int] | N
 def open_store(cfg: Config, checkpoint: Checkpoint | None, log: TrainingLogger) -> CheckpointStore:
     """The run's checkpoints. Those of another run are set aside: only now, when nothing can be refused any more."""
     out_dir = Path(cfg.run.out_dir)
-    goes_on = checkpoint is not None and is_own(cfg, checkpoint)
-    if not goes_on and not cfg.eval.eval_only and (line := set_aside(out_dir)):
+    if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := set_aside(out_dir)):
         log.line(line)
     return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line)
 

@@ -91,7 +91,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
     info, throughput = startup.start_report(cfg, dataset, ranks, dtype, chosen_kernels)
     log.report(info, throughput)
-    log.line("\n".join([*startup.marker_lines(info), *describe_groups(optimizer), *notes]))
+    log.line("\n".join([*startup.marker_lines(info), *describe_groups(optimizer), *startup.schedule_notes(cfg), *notes]))
     forward = startup.compile_model(model, cfg, dtype, log.line)
     store = startup.open_store(cfg, checkpoint, log)
     stack.callback(store.close)  # waits until everything is on the disk
