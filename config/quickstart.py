@@ -16,7 +16,7 @@ dropout = 0.0
 
 batch_size = 8
 gradient_accumulation_steps = 1  # 8 x 256 = 2,048 tokens a step
-max_iters = 500  # 1 M tokens
+max_iters = 450  # 0.9 M tokens
 learning_rate = 2e-3
 min_lr = 2e-4
 warmup_iters = 50
