@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "parallel": "configurator",
     "optim": "configurator",
     "flops": "configurator",
+    "memory": "configurator flops",
     "data": "configurator data",
     "configurator": "",
     "kernels": "kernels",
