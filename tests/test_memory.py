@@ -62,13 +62,12 @@ def kept_bytes(argv: list[str], who: str) -> int:
     [
         ("torch", [*LLAMA, *TINY, "--d_ff=132"]),
         pytest.param("triton", [*LLAMA, *TINY, "--d_ff=132"], marks=needs_triton),
-        ("torch", [*LLAMA, *TINY, "--d_ff=132", "--gradient_checkpointing"]),
         pytest.param("triton", [*LLAMA, *TINY, "--d_ff=132", "--n_kv_head=1", "--qk_norm"], marks=needs_triton),
         ("torch", [*LLAMA, *TINY, "--d_ff=132", "--dtype=float32"]),
         ("torch", [*GPT2, *TINY]),
         ("torch", [*GPT2, *TINY, "--norm_position=post", "--bias", "--position_encoding=none", "--activation=relu"]),
     ],
-    ids=["llama_torch", "llama_triton", "checkpointed", "gqa_qk_norm", "float32", "gpt2", "post_norm_biases"],
+    ids=["llama_torch", "llama_triton", "gqa_qk_norm", "float32", "gpt2", "post_norm_biases"],
 )
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own making
 def test_kept_bytes_are_what_the_partitioner_keeps(who, argv):
