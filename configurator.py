@@ -63,6 +63,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm of queries and keys, per head
     dropout: float = 0.0  # probability, on embeddings, attention weights and residual branches
     gradient_checkpointing: bool = False  # recompute each block in the backward pass: less memory, about a third more work
+    loss_chunk_rows: int = 0  # tokens whose logits are held at a time; 0 holds as many as cost no speed
 
     @property
     def kv_heads(self) -> int:
@@ -97,9 +98,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    norm_kernel: Kernel = "auto"  # LayerNorm, RMSNorm and the addition before: triton (GPUs only) or torch; auto is torch
-    swiglu_kernel: Kernel = "auto"  # SwiGLU's gate: triton (GPUs only) or torch; auto is torch
-    rope_kernel: Kernel = "auto"  # rotary positions: triton (GPUs only) or torch; auto is torch
+    norm_kernel: Kernel = "auto"  # LayerNorm, RMSNorm and the addition before: triton (GPUs only) or torch; auto is the faster
+    swiglu_kernel: Kernel = "auto"  # SwiGLU's gate: triton (GPUs only) or torch; auto is the faster
+    rope_kernel: Kernel = "auto"  # rotary positions: triton (GPUs only) or torch; auto is the faster
+    cross_entropy_kernel: Kernel = "auto"  # the loss with the head's product: triton (GPUs only) or torch; auto is the faster
+    adamw_kernel: Kernel = "auto"  # the optimizer's step: triton (GPUs only) or torch; auto is the faster
 
 
 @dataclass(frozen=True)
@@ -489,7 +492,7 @@ POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_
     sample_tokens max_skipped_steps max_hours num_samples max_new_tokens""".split()
 NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
     eval_interval eval_iters sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs
-    gradient_log_interval seed temperature top_k""".split()
+    gradient_log_interval seed loss_chunk_rows temperature top_k""".split()
 FRACTIONS = ["dropout", "beta1", "beta2"]
 
 

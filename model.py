@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import ModelConfig, UserError
 from kernels import REFERENCE, Operations
-from kernels.reference import cross_entropy
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, D/2) each
 Stream = tuple[Tensor, Tensor | None]  # the residual stream, and the branch that it still lacks; (B, T, C) each
@@ -224,8 +223,10 @@ class Transformer(nn.Module):
             x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
         if self.final_norm is not None:
             _, x = self.final_norm(x, branch)  # (B, T, C)
-        logits = F.linear(x, (self.head or self.token_embedding).weight)  # (B, T, V)
-        return logits if targets is None else cross_entropy(logits, targets, reduction)
+        weight = (self.head or self.token_embedding).weight
+        if targets is None:
+            return F.linear(x, weight)  # (B, T, V)
+        return self.ops.linear_cross_entropy(x, weight, targets, reduction, self.cfg.loss_chunk_rows)
 
     def shard_units(self) -> list[nn.Module]:
         """The modules that may be sharded and gathered one at a time; embeddings, final norm and head are left to the root."""

@@ -1,12 +1,13 @@
 """The optimizer: which parameters decay, the learning rate as a function of the step, and one guarded update.
 
-The update needs nothing from the host: gradient clipping and the loss scale become one divisor inside the fused AdamW
+The update needs nothing from the host: gradient clipping and the loss scale become one divisor inside the AdamW
 kernel, and a gradient that is not finite makes the kernel leave weights and state as they are.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,13 +40,16 @@ def learning_rate(step: int, cfg: OptimConfig) -> float:
     return cfg.min_lr + remaining * (cfg.learning_rate - cfg.min_lr)
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW with its state in place; matrices and embeddings decay, vectors (norms, biases) do not."""
+def build_optimizer(model: nn.Module, cfg: OptimConfig, adamw: Callable[..., torch.optim.AdamW]) -> torch.optim.AdamW:
+    """`adamw`, called as torch.optim.AdamW is, with its state in place.
+
+    Matrices and embeddings decay, vectors (norms, biases) do not.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+    optimizer = adamw(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     for p in model.parameters():  # made now and not in the first step, so that a checkpoint always finds the same tensors
         state = optimizer.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)

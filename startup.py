@@ -43,7 +43,7 @@ from parallel import Ranks, StopRequest, device_name, random_state, set_random_s
 from precision import LossScale, autocast
 from training_logger import Throughput, TrainingLogger, new_run_name
 
-NOT_SHAPE = ("dropout", "gradient_checkpointing")  # model knobs that a resumed run may change
+NOT_SHAPE = ("dropout", "gradient_checkpointing", "loss_chunk_rows")  # model knobs that a resumed run may change
 
 
 def with_vocabulary(cfg: Config, dataset: Dataset) -> Config:

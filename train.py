@@ -76,7 +76,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     model = build_model(cfg.model, ranks.device, cfg.run.seed, ops)
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
-    optimizer = build_optimizer(model, cfg.optim)
+    optimizer = build_optimizer(model, cfg.optim, ops.AdamW)
 
     # 5. Resume: everything that moves is tracked by one object, so everything is restored.
     state = TrainState(model, optimizer, LossScale(dtype, ranks.device), ranks, startup.run_name_of(cfg, checkpoint))

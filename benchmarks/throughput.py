@@ -40,8 +40,9 @@ def nanotrain(cfg: Config, _: str) -> Step:
     from precision import LossScale, autocast
 
     device = torch.device("cuda", 0)
-    model = build_model(cfg.model, device, cfg.run.seed, kernels.choose(vars(cfg.kernels), "cuda")[0])
-    optimizer, scale = build_optimizer(model, cfg.optim), LossScale(torch.bfloat16, device)
+    ops = kernels.choose(vars(cfg.kernels), "cuda")[0]
+    model = build_model(cfg.model, device, cfg.run.seed, ops)
+    optimizer, scale = build_optimizer(model, cfg.optim, ops.AdamW), LossScale(torch.bfloat16, device)
     forward = torch.compile(model)
 
     def step(idx: torch.Tensor, targets: torch.Tensor) -> None:
@@ -170,7 +171,9 @@ def print_profile(step: Step, batches: Any) -> None:
         torch.cuda.synchronize()
     rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
     total_us = sum(row.device_time_total for row in rows)
-    print(f"{'us a step':>10s} {'share':>6s} {'calls':>6s}  kernel   (total {total_us / 3000:.1f} ms)")
+    ranges = [event.time_range for event in recorded.events()]
+    span_us = max(r.end for r in ranges) - min(r.start for r in ranges)  # one stream: what no kernel covers is idle
+    print(f"{'us a step':>10s} {'share':>6s} {'calls':>6s}  kernel   (total {total_us / 3000:.1f} ms of {span_us / 3000:.1f})")
     for row in rows[:40]:
         share = 100 * row.device_time_total / total_us
         print(f"{row.device_time_total / 3:10.0f} {share:5.1f}% {row.count / 3:6.0f}  {row.key[:110]}")

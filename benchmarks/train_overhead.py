@@ -40,8 +40,9 @@ def bare_loop(argv: list[str]) -> list[float]:
     cfg = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))
     device = start_ranks(cfg.run).device
     dtype = choose_dtype(cfg.run.dtype, device)
-    model = build_model(cfg.model, device, cfg.run.seed, kernels.choose(vars(cfg.kernels), device.type)[0])
-    optimizer = build_optimizer(model, cfg.optim)
+    ops = kernels.choose(vars(cfg.kernels), device.type)[0]
+    model = build_model(cfg.model, device, cfg.run.seed, ops)
+    optimizer = build_optimizer(model, cfg.optim, ops.AdamW)
     forward = torch.compile(model) if cfg.run.compile else model
     batch = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
     instants = []

@@ -1,4 +1,4 @@
-"""The operations around the matrix products, each in plain PyTorch (reference.py, the truth) and as a Triton kernel.
+"""The operations around the matrix products and the optimizer, each in plain PyTorch (reference.py, the truth) and in Triton.
 
 The model is given an `Operations`, and calls `ops.rms_norm(...)` without knowing who computes it. triton is imported only where
 a Triton kernel is chosen, so that a machine without it runs the reference.
@@ -17,12 +17,14 @@ GROUPS = {  # knob -> what it chooses
     "norm_kernel": ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"),
     "swiglu_kernel": ("swiglu",),
     "rope_kernel": ("rope", "rope_qkv_"),
+    "cross_entropy_kernel": ("linear_cross_entropy",),
+    "adamw_kernel": ("AdamW",),
 }
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Who computes what; signatures and formulas are reference.py's. The loss is PyTorch's."""
+    """Who computes what; signatures and formulas are reference.py's."""
 
     layer_norm: Callable[..., Any]
     rms_norm: Callable[..., Any]
@@ -31,6 +33,8 @@ class Operations:
     swiglu: Callable[..., Any]
     rope: Callable[..., Any]
     rope_qkv_: Callable[..., Any]
+    linear_cross_entropy: Callable[..., Any]
+    AdamW: Callable[..., Any]  # the optimizer, as torch.optim.AdamW is called
 
 
 REFERENCE = Operations(**{name: getattr(reference, name) for names in GROUPS.values() for name in names})
@@ -39,21 +43,25 @@ REFERENCE = Operations(**{name: getattr(reference, name) for names in GROUPS.val
 def choose(choices: Mapping[str, str], device: str) -> tuple[Operations, dict[str, str]]:
     """(the operations, who computes them: knob -> triton or torch) for `choices` of auto, triton or torch by knob.
 
-    auto is PyTorch. Raises ValueError where Triton is asked for and cannot run.
+    auto is Triton where it can run. Raises ValueError where it is asked for and cannot.
     """
-    chosen = {knob: "torch" if choices[knob] == "auto" else choices[knob] for knob in GROUPS}
-    asked = [knob for knob, who in chosen.items() if who == "triton"]
-    if asked and (device != "cuda" or importlib.util.find_spec("triton") is None):
+    possible = device == "cuda" and importlib.util.find_spec("triton") is not None
+    asked = [knob for knob in GROUPS if choices[knob] == "triton"]
+    if asked and not possible:
         raise ValueError(f"--{asked[0]}=triton needs a GPU and the triton package; pass --{asked[0]}=auto")
+    best = "triton" if possible else "torch"
+    chosen = {knob: best if choices[knob] == "auto" else choices[knob] for knob in GROUPS}
     ops = {who: triton_kernels() if who == "triton" else reference for who in set(chosen.values())}
     return Operations(**{name: getattr(ops[who], name) for knob, who in chosen.items() for name in GROUPS[knob]}), chosen
 
 
 def triton_kernels() -> Operations:
     """All operations as Triton kernels."""
+    from kernels.adamw import AdamW
+    from kernels.cross_entropy import linear_cross_entropy
     from kernels.layer_norm import add_layer_norm, layer_norm
     from kernels.rms_norm import add_rms_norm, rms_norm
     from kernels.rope import rope, rope_qkv_
     from kernels.swiglu import swiglu
 
-    return Operations(layer_norm, rms_norm, add_layer_norm, add_rms_norm, swiglu, rope, rope_qkv_)
+    return Operations(layer_norm, rms_norm, add_layer_norm, add_rms_norm, swiglu, rope, rope_qkv_, linear_cross_entropy, AdamW)

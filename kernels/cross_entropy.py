@@ -6,24 +6,27 @@ One program a row. Each of its lanes keeps a maximum and a sum of exponentials r
 lanes before the end of the row (Milakov and Gimelshein 2018, section 3). A second loop finds the row in the caches, reads it from
 its end, which was seen last, and writes the gradient over it.
 
-`linear_cross_entropy` never holds more than `chunk_rows` rows of logits: their gradient is taken back through the head at once.
+`linear_cross_entropy` holds a chunk of the logits at a time: their gradient is taken back through the head at once.
 
 Legend: N rows (tokens), V vocabulary, C width.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference import Reduction
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
 LOG2_E = tl.constexpr(1.4426950408889634)  # the hardware has powers of two: exp(x) = 2^(x log2(e))
 LN_2 = tl.constexpr(0.6931471805599453)
+CHUNK_BYTES = 2**31  # of logits: larger chunks gain nothing
 LOWEST = tl.constexpr(-1e38)  # the maximum of nothing yet; finite, because inf - inf is not a number
 
 
@@ -52,21 +55,21 @@ def _row_kernel(
             for first in range(0, V, BLOCK):
                 tl.store(logits + first + column, tl.zeros((LANES, UNROLL, WIDTH), logits.dtype.element_ty), first + column < V)
     else:
-        top = tl.full((LANES,), LOWEST, tl.float32)  # maximum of x log2(e)
-        total = tl.zeros((LANES,), tl.float32)  # sum of 2^(x log2(e) - top)
+        top = tl.full((LANES,), LOWEST, tl.float32)
+        total = tl.zeros((LANES,), tl.float32)  # sum of exp(x - top)
         for first in range(0, V, BLOCK):
             x = tl.load(logits + first + column, first + column < V, -float("inf"), eviction_policy="evict_last").to(tl.float32)
-            new_top = tl.maximum(top, tl.max(tl.max(x, 2), 1) * LOG2_E)
-            power = tl.exp2(x * LOG2_E - new_top[:, None, None])
-            total = total * tl.exp2(top - new_top) + tl.sum(tl.sum(power, 2), 1)
+            new_top = tl.maximum(top, tl.max(tl.max(x, 2), 1))
+            power = tl.exp2((x - new_top[:, None, None]) * LOG2_E)
+            total = total * tl.exp2((top - new_top) * LOG2_E) + tl.sum(tl.sum(power, 2), 1)
             top = new_top
         row_top = tl.max(top, 0)
-        row_total = tl.sum(total * tl.exp2(top - row_top), 0)
+        row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2_E), 0)
         # A target outside the vocabulary makes the loss and its gradient NaN, which training notices.
         valid = (target >= 0) & (target < V)
         x_target = tl.load(logits + target, valid, float("nan")).to(tl.float32)
         factor = 1 / tl.load(divisor)
-        tl.store(losses + row, ((row_top + tl.log2(row_total)) * LN_2 - x_target) * factor)
+        tl.store(losses + row, (row_top + tl.log2(row_total) * LN_2 - x_target) * factor)
         if GRADIENT:
             if logits.dtype.element_ty == tl.float16:
                 factor = 1.0
@@ -74,10 +77,10 @@ def _row_kernel(
             for k in range(0, tl.cdiv(V, BLOCK)):
                 at = (tl.cdiv(V, BLOCK) - 1 - k) * BLOCK + column
                 x = tl.load(logits + at, at < V, 0.0, eviction_policy="evict_first").to(tl.float32)
-                gradient = tl.exp2(x * LOG2_E - row_top) * share
+                gradient = tl.exp2((x - row_top) * LOG2_E) * share
                 tl.store(logits + at, gradient.to(logits.dtype.element_ty), at < V, eviction_policy="evict_first")
             tl.debug_barrier()  # the target's element is written again, after whichever lane wrote it first
-            gradient = tl.exp2(x_target * LOG2_E - row_top) * share - factor
+            gradient = tl.exp2((x_target - row_top) * LOG2_E) * share - factor
             tl.store(logits + target, gradient.to(logits.dtype.element_ty), valid)
 
 
@@ -144,6 +147,7 @@ def linear_row_losses(
         if with_gradient:  # logits are their own gradient now
             torch.mm(logits, weight, out=dx[rows])
             _add_product(dw, logits.t(), x[rows], first == 0)
+        del logits  # before the next chunk's are there
     return loss, dx, dw
 
 
@@ -168,13 +172,32 @@ def _(logits: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.float32)
 
 
-@linear_row_losses.register_fake
 def _outputs_of_linear(
     x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = x.new_empty(x.shape if with_gradient else 0)
     dw = x.new_empty(weight.shape if with_gradient else 0, dtype=torch.float32)
     return x.new_empty((), dtype=torch.float32), dx, dw
+
+
+@linear_row_losses.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _announce_to_compiler()
+    return _outputs_of_linear(x, weight, targets, chunk_rows, with_gradient)
+
+
+@functools.cache
+def _announce_to_compiler() -> None:
+    """Tell the compiler that the operator is not to be decomposed.
+
+    Left to find that out, torch 2.11 prints its inputs for a message, each with its own inputs in full: at the end of a model
+    with residual branches, hours of text.
+    """
+    from torch._inductor.lowering import fallbacks, make_fallback
+
+    operator = torch.ops.nanotrain.linear_cross_entropy.default
+    if operator not in fallbacks:
+        make_fallback(operator, warn=False)
 
 
 def _keep_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -210,7 +233,7 @@ class _InPlace(torch.autograd.Function):
         return gradient.detach(), None, None
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
     """The loss over the targets that are not -1, as a float32 scalar: logits (..., V), targets (...) int64 -> ().
 
     Where a gradient is wanted the logits are overwritten with it: nothing else may read them afterwards. The mean over no target
@@ -226,22 +249,25 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "s
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean", chunk_rows: int = 4096
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: Reduction = "mean", chunk_rows: int = 0
 ) -> Tensor:
     """cross_entropy(x @ weight^T, targets): x (..., C), weight (V, C), targets (...) int64 -> float32 scalar.
 
-    Holds `chunk_rows` rows of logits at a time, in x's dtype or autocast's. Where a gradient is wanted it is computed at once and
-    held instead: by x, and by weight in float32, which each chunk reads and writes, so few chunks are quicker and many smaller.
-    Raises ValueError for inputs of a wrong shape, dtype or device.
+    Holds `chunk_rows` rows of logits at a time, in x's dtype or autocast's; 0 takes equal chunks of up to 2 GiB. Where a gradient
+    is wanted it is computed at once and held instead: by x, and by weight in float32, which each chunk reads and writes, so few
+    chunks are quicker and many smaller. Raises ValueError for inputs of a wrong shape, dtype or device.
     """
     _check({"x": x, "weight": weight}, targets, reduction)
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {x.shape[-1]}), got {tuple(weight.shape)}")
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows: expected at least 1, got {chunk_rows}")
+    if chunk_rows < 0:
+        raise ValueError(f"chunk_rows: expected at least 0, got {chunk_rows}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     x, targets = x.reshape(-1, x.shape[-1]), targets.flatten()
+    if chunk_rows == 0:
+        chunks = max(1, triton.cdiv(len(x) * len(weight) * x.element_size(), CHUNK_BYTES))
+        chunk_rows = max(1, triton.cdiv(len(x), chunks))
     with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     loss, _, _ = linear_row_losses(x, weight, targets, chunk_rows, with_gradient)
     return loss / _divisor(targets, reduction)

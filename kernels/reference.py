@@ -1,15 +1,20 @@
-"""The operations around the matrix products in plain PyTorch: the truth, and what torch.compile fuses.
+"""The operations around the matrix products, and the optimizer, in plain PyTorch: the truth, and what torch.compile fuses.
 
 Each one computes in float32 whatever its inputs are and returns its input's dtype, so that autocast changes nothing in it.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Reduction = Literal["mean", "sum"]
+AdamW = partial(torch.optim.AdamW, fused=True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -62,9 +67,25 @@ def rope_qkv_(qkv: Tensor, n_head: int, n_kv_head: int, cos: Tensor, sin: Tensor
     return *rope(q, k, cos, sin), v
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
     """log(sum(exp(logits))) - logits[target] in float32, mean or sum over the targets that are not -1 -> scalar.
 
     logits (..., V), targets (...) int64. The mean over no target at all is NaN.
     """
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, reduction: Reduction = "mean", chunk_rows: int = 0
+) -> Tensor:
+    """cross_entropy(x @ weight^T, targets): x (..., C), weight (V, C), targets (...) int64 -> scalar.
+
+    At most `chunk_rows` rows of logits are held at a time, and computed once more for their gradient; 0 holds all.
+    """
+    x, targets = x.flatten(0, -2), targets.flatten()
+    if chunk_rows == 0 or chunk_rows >= len(x):
+        return cross_entropy(F.linear(x, weight), targets, reduction)
+    pairs = zip(x.split(chunk_rows), targets.split(chunk_rows), strict=True)
+    sums = [checkpoint(linear_cross_entropy, rows, weight, t, "sum", use_reentrant=False) for rows, t in pairs]
+    total = torch.stack(sums).sum()
+    return total if reduction == "sum" else total / (targets != -1).sum()

@@ -212,3 +212,17 @@ def test_a_model_of_triton_kernels_is_the_same_model(normalization: str, qk_norm
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 6, 7])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_in_chunks_is_the_one_of_all_rows(chunk_rows: int, reduction: reference.Reduction) -> None:
+    x, weight = normal(2, 3, 4), normal(11, 4, seed=2)
+    targets = torch.tensor([[1, -1, 10], [0, 5, -1]])
+    results = []
+    for rows in (0, chunk_rows):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        loss = reference.linear_cross_entropy(*leaves, targets, reduction, rows)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0][0], reference.cross_entropy(x @ weight.t(), targets, reduction))

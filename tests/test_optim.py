@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from configurator import OptimConfig
+from kernels.reference import AdamW
 from optim import build_optimizer, describe_groups, learning_rate, optimizer_tensors, update
 
 ONE = torch.ones(())
@@ -65,7 +66,7 @@ def set_gradients(net: Net, factor: float = 1.0) -> None:
 @pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e3])
 def test_update_is_adamw_with_clipping(scale, grad_clip):
     cfg, net, reference = config(grad_clip=grad_clip), Net(), Net()
-    optimizer = build_optimizer(net, cfg)
+    optimizer = build_optimizer(net, cfg, AdamW)
     groups = [{"params": [reference.matrix], "weight_decay": 0.1}, {"params": [reference.vector], "weight_decay": 0.0}]
     textbook = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
     for step in range(3):
@@ -86,7 +87,7 @@ def test_update_is_adamw_with_clipping(scale, grad_clip):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     cfg, net = config(), Net()
-    optimizer = build_optimizer(net, cfg)
+    optimizer = build_optimizer(net, cfg, AdamW)
     set_gradients(net)
     update(optimizer, cfg, 1e-3, ONE, with_moments=False)
     before = {name: t.clone() for name, t in (dict(net.named_parameters()) | optimizer_tensors(net, optimizer)).items()}
@@ -102,7 +103,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 
 def test_vectors_do_not_decay_and_the_report_says_so():
     net = Net()
-    optimizer = build_optimizer(net, config(weight_decay=0.3))
+    optimizer = build_optimizer(net, config(weight_decay=0.3), AdamW)
     assert [(g["weight_decay"], [p.dim() for p in g["params"]]) for g in optimizer.param_groups] == [(0.3, [2]), (0.0, [1])]
     assert describe_groups(optimizer) == [
         "num decayed parameter tensors: 1, with 35 parameters",
@@ -113,4 +114,4 @@ def test_vectors_do_not_decay_and_the_report_says_so():
 def test_state_is_there_before_the_first_step():
     net = Net()
     names = {f"optim.{p}.{key}" for p in ("matrix", "vector") for key in ("step", "exp_avg", "exp_avg_sq")}
-    assert set(optimizer_tensors(net, build_optimizer(net, config()))) == names
+    assert set(optimizer_tensors(net, build_optimizer(net, config(), AdamW))) == names

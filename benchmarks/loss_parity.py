@@ -1,0 +1,74 @@
+"""Do the Triton kernels change a run's losses by more than chance does?
+
+    python benchmarks/loss_parity.py CONFIG [--knob=value ...] [--seeds 1337 1338] [--at_once=3] [--json=FILE]
+
+Trains with every kernel by Triton, with every kernel by PyTorch, and with one at a time by PyTorch, all from the first seed; then
+with all and with none from the other seeds. The figure is the difference of two runs' losses at the same step: the mean of its
+size over all steps and over the last quarter. The noise is the same figure between two seeds of one setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+
+def train(knobs: list[str], folder: str, name: str) -> list[float]:
+    """The loss of every step of a run."""
+    out_dir = Path(folder) / name
+    command = [sys.executable, str(ROOT / "train.py"), *knobs, f"--out_dir={out_dir}", "--run_name=run", "--log_interval=1"]
+    subprocess.run([*command, "--eval_interval=0", "--checkpoint_interval=0"], check=True, stdout=subprocess.DEVNULL)
+    records = json.loads((out_dir / "run_run.json").read_text())["training_iterations"]
+    return [record["loss"] for record in records]
+
+
+def settings(seeds: list[int]) -> dict[str, list[str]]:
+    """Knobs by name of the run."""
+    from kernels import GROUPS
+
+    def kernels(seed: int, by_torch: list[str]) -> list[str]:
+        return [f"--seed={seed}", *(f"--{knob}={'torch' if knob in by_torch else 'triton'}" for knob in GROUPS)]
+
+    runs = {f"{knob}=torch": kernels(seeds[0], [knob]) for knob in GROUPS}
+    for seed in seeds:
+        runs |= {f"triton, seed {seed}": kernels(seed, []), f"torch, seed {seed}": kernels(seed, list(GROUPS))}
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338])
+    parser.add_argument("--at_once", type=int, default=3, help="runs that share the GPU")
+    parser.add_argument("--json", type=Path, help="write every loss here as well")
+    args, knobs = parser.parse_known_args()
+    runs = settings(args.seeds)
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+        futures = {name: pool.submit(train, knobs + extra, folder, name) for name, extra in runs.items()}
+        losses = {name: future.result() for name, future in futures.items()}
+    if args.json:
+        args.json.write_text(json.dumps({"knobs": knobs, "losses": losses}) + "\n")
+    reference = f"triton, seed {args.seeds[0]}"
+    pairs = [(reference, name) for name in losses if name.endswith(("=torch", f"seed {args.seeds[0]}")) and name != reference]
+    for kind in ("triton", "torch"):
+        pairs += itertools.combinations([f"{kind}, seed {seed}" for seed in args.seeds], 2)
+    first, *_, final = losses[reference]
+    print(f"{len(losses[reference])} steps, loss {first:.3f} to {final:.3f}; size of the difference")
+    print(f"{'':60s} {'mean':>9s} {'last quarter':>13s} {'largest':>9s}")
+    for a, b in pairs:
+        sizes = [abs(x - y) for x, y in zip(losses[a], losses[b], strict=True)]
+        last = sizes[-len(sizes) // 4 :]
+        print(f"{a + ' and ' + b:60s} {statistics.mean(sizes):9.5f} {statistics.mean(last):13.5f} {max(sizes):9.5f}")
+
+
+if __name__ == "__main__":
+    main()

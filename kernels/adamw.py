@@ -1,0 +1,161 @@
+"""AdamW (Loshchilov and Hutter 2019, algorithm 2) in Triton: one launch a parameter group, whatever the number of its tensors.
+
+    m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
+    p = p (1 - lr decay) - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+g is the gradient over `grad_scale`, and where `found_inf` is 1 nothing at all is written: the protocol of torch.amp.GradScaler.
+PyTorch's fused AdamW writes the scaled gradient back; this one reads g and reads and writes p, m and v: 28 bytes an element.
+
+The kernel finds its tensors through a table of addresses. A tensor is cut into chunks, and a program has one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 2048  # elements
+WARPS = 8
+ALIGNMENT = 16  # bytes: what a thread reads and writes at a time
+
+
+@triton.jit
+def _update(p, g, m, v, i, inside, decay, step_size, beta1, beta2, root_correction, eps, divisor):
+    gradient = tl.load(g + i, inside) / divisor
+    mean = tl.load(m + i, inside)
+    mean += (1 - beta1) * (gradient - mean)
+    square = tl.load(v + i, inside)
+    square += (1 - beta2) * (gradient * gradient - square)
+    value = tl.load(p + i, inside) * decay - step_size * mean / (tl.sqrt(square) / root_correction + eps)
+    tl.store(m + i, mean, inside)
+    tl.store(v + i, square, inside)
+    tl.store(p + i, value, inside)
+
+
+@triton.jit
+def _kernel(
+    addresses,  # (tensors, 5) int64: parameter, gradient, mean, mean of squares, and number of steps, all float32
+    tensor_of_chunk,  # (programs,) int32
+    chunk_in_tensor,  # (programs,) int32
+    sizes,  # (tensors,) int64
+    divisor,  # float32 scalar
+    found_inf,  # the same
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    ALIGNMENT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    if tl.load(found_inf) != 0:
+        return
+    tensor = tl.load(tensor_of_chunk + tl.program_id(0))
+    first = tl.load(chunk_in_tensor + tl.program_id(0)).to(tl.int64) * CHUNK
+    n = tl.load(sizes + tensor) - first
+    row = addresses + tensor * 5
+    float_pointer: tl.constexpr = tl.pointer_type(tl.float32)
+    p = tl.multiple_of(tl.load(row).to(float_pointer), ALIGNMENT) + first
+    g = tl.multiple_of(tl.load(row + 1).to(float_pointer), ALIGNMENT) + first
+    m = tl.multiple_of(tl.load(row + 2).to(float_pointer), ALIGNMENT) + first
+    v = tl.multiple_of(tl.load(row + 3).to(float_pointer), ALIGNMENT) + first
+    t = tl.load(tl.load(row + 4).to(float_pointer))
+    step_size = lr / (1 - tl.exp2(t * tl.log2(beta1)))
+    root_correction = tl.sqrt(1 - tl.exp2(t * tl.log2(beta2)))
+    decay, i, scale = 1 - lr * weight_decay, tl.arange(0, CHUNK), tl.load(divisor)
+    if n >= CHUNK:  # without a mask, which would keep a thread from reading 16 bytes at a time
+        _update(p, g, m, v, i, None, decay, step_size, beta1, beta2, root_correction, eps, scale)
+    else:
+        _update(p, g, m, v, i, i < n, decay, step_size, beta1, beta2, root_correction, eps, scale)
+
+
+class _Table(NamedTuple):
+    """Where a group's tensors are, and how they are cut."""
+
+    pointers: tuple[int, ...]
+    lengths: tuple[int, ...]
+    addresses: Tensor
+    tensor_of_chunk: Tensor
+    chunk_in_tensor: Tensor
+    sizes: Tensor
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW(fused=True), its step by the Triton kernel where all of a group is contiguous float32 on a GPU.
+
+    State and its names are PyTorch's. Tensors of other kinds, and state that PyTorch would create, are left to PyTorch's step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, fused=True, **options)
+        self.grad_scale = self.found_inf = None  # tensors, where the caller has them
+        self._tables: dict[int, _Table] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        columns = [self._columns(group) for group in self.param_groups]
+        if not all(map(_suits_kernel, columns)):
+            super().step()
+            return
+        for number, (group, tensors) in enumerate(zip(self.param_groups, columns, strict=True)):
+            if tensors[0]:
+                self._launch(number, group, tensors)
+
+    def _columns(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """Parameters, gradients and the three states of a group: this rank's parts where they are sharded."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        states = [self.state[p] for p in parameters]
+        names = ("exp_avg", "exp_avg_sq", "step")
+        columns = [parameters, [p.grad for p in parameters], *([state.get(name) for state in states] for name in names)]
+        return [[local(t) for t in column] for column in columns]
+
+    def _launch(self, number: int, group: dict[str, Any], columns: list[list[Tensor]]) -> None:
+        steps, device = columns[-1], columns[0][0].device
+        divisor = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
+        found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
+        torch._foreach_add_(steps, [1 - found_inf] * len(steps))  # a list: for a tensor alone PyTorch waits for the device
+        table = self._tables[number] = _table(columns, self._tables.get(number))
+        if len(table.tensor_of_chunk):
+            with torch.cuda.device_of(divisor):
+                _kernel[(len(table.tensor_of_chunk),)](
+                    *table[2:], divisor, found_inf, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
+                    ALIGNMENT, CHUNK, num_warps=WARPS,
+                )  # fmt: skip
+
+
+def local(tensor: Tensor | None) -> Tensor | None:
+    """What this rank has of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _suits_kernel(columns: list[list[Tensor]]) -> bool:
+    return all(
+        t is not None and t.dtype == torch.float32 and t.is_contiguous() and t.data_ptr() % (ALIGNMENT if t.ndim else 4) == 0
+        for column in columns
+        for t in column
+    )
+
+
+def _table(columns: list[list[Tensor]], last: _Table | None) -> _Table:
+    """The last one where nothing has moved. The copy to the device waits for nothing."""
+    pointers = tuple(t.data_ptr() for row in zip(*columns, strict=True) for t in row)
+    lengths = tuple(p.numel() for p in columns[0])
+    device = columns[0][0].device
+
+    def upload(values: Tensor) -> Tensor:
+        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+    if last is None or last.lengths != lengths:
+        sizes = torch.tensor(lengths)
+        chunks = (sizes + CHUNK - 1) // CHUNK
+        owners = torch.repeat_interleave(chunks)
+        starts = torch.cumsum(chunks, 0) - chunks
+        positions = torch.arange(len(owners)) - starts[owners]
+        last = _Table((), lengths, sizes, *(upload(x) for x in (owners.int(), positions.int(), sizes)))
+    if last.pointers != pointers:
+        last = last._replace(pointers=pointers, addresses=upload(torch.tensor(pointers)))
+    return last
