@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import queue
 import re
@@ -22,8 +23,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ from typing import IO, TYPE_CHECKING, Any
 from checkpoint_files import (
     Checkpoint,
     DamagedError,
+    Piece,
+    as_pieces,
     check_files,
     is_checkpoint,
     link_checkpoint,
@@ -44,6 +47,8 @@ from configurator import CheckpointConfig, ModelConfig, UserError, run_command
 
 if TYPE_CHECKING:
     import torch
+
+    from parallel import Ranks
 
 FOLDER = "checkpoints"  # of out_dir
 
@@ -70,6 +75,9 @@ class CheckpointStore:
 
     `on_saved` hears of every tier that was published and `on_warning` of every failure, both from poll(), wait() and
     save(), on the caller's thread. A disk that is full or fails is a warning: training goes on.
+
+    Several `ranks`, in a group of their own, save together: all call the same methods, each writes its own pieces, and rank 0
+    publishes when all is on the disk. A rank that dies meanwhile leaves the checkpoint before.
     """
 
     def __init__(
@@ -78,14 +86,15 @@ class CheckpointStore:
         cfg: CheckpointConfig,
         on_saved: Callable[[SavedCheckpoint], None],
         on_warning: Callable[[str], None],
+        ranks: Ranks | None = None,
     ):
-        self._root, self._cfg = Path(out_dir) / FOLDER, cfg
+        self._root, self._cfg, self._ranks = Path(out_dir) / FOLDER, cfg, ranks
         self._on_saved, self._on_warning = on_saved, on_warning
         self._host: dict[str, torch.Tensor] = {}  # host copies, reused by every save
         self._writer: threading.Thread | None = None
         self._reports: queue.SimpleQueue[SavedCheckpoint | str | BaseException] = queue.SimpleQueue()
 
-    def save(self, iter: int, tensors: dict[str, torch.Tensor], state: dict[str, Any], tiers: Sequence[str]) -> float:
+    def save(self, iter: int, tensors: Mapping[str, torch.Tensor | Piece], state: dict[str, Any], tiers: Sequence[str]) -> float:
         """Copies `tensors` and `state` (JSON) and returns the seconds that took; a thread writes them as every one of `tiers`.
 
         `state["run_name"]` and, where there is one, `state["val_loss"]` are repeated in the manifest. Waits for the save before.
@@ -93,8 +102,9 @@ class CheckpointStore:
         t0_s = time.perf_counter()
         self.wait()
         about = {"run_name": state["run_name"], "iter": iter, "val_loss": state.get("val_loss")}
-        args = (self._copy_to_host(tensors), json.dumps(state, indent=1), about, tuple(tiers), t0_s)
-        self._writer = threading.Thread(target=self._write, args=args, name="checkpoint")
+        args = (self._copy_to_host(as_pieces(tensors)), json.dumps(state, indent=1), about, tuple(tiers), t0_s)
+        # Among several ranks it may wait for one that is gone: then it must not keep this process alive.
+        self._writer = threading.Thread(target=self._write, args=args, name="checkpoint", daemon=self._ranks is not None)
         self._writer.start()
         return time.perf_counter() - t0_s
 
@@ -121,49 +131,63 @@ class CheckpointStore:
         self.wait()
         self._host.clear()
 
-    def _copy_to_host(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _copy_to_host(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
         import torch
 
         host = {}
-        for name, tensor in tensors.items():
-            copy = self._host.get(name)
+        for name, piece in pieces.items():
+            tensor, copy = piece.rows, self._host.get(name)
             if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
                 copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             host[name] = copy.copy_(tensor.detach(), non_blocking=True)
-        if any(tensor.is_cuda for tensor in tensors.values()):
+        if any(piece.rows.is_cuda for piece in pieces.values()):
             torch.cuda.synchronize()  # one wait for all copies
         self._host = host
-        return host
+        return {name: replace(piece, rows=host[name]) for name, piece in pieces.items()}
 
-    def _write(
-        self, tensors: dict[str, torch.Tensor], state: str, about: dict[str, Any], tiers: tuple[str, ...], t0_s: float
-    ) -> None:
+    def _write(self, pieces: dict[str, Piece], state: str, about: dict[str, Any], tiers: tuple[str, ...], t0_s: float) -> None:
         """The writer thread: one checkpoint under every name of `tiers`."""
-        needed_bytes = sum(tensor.nbytes for tensor in tensors.values()) + len(state)
+        needed_bytes = sum(math.prod(piece.shape) * piece.rows.itemsize for piece in pieces.values()) + len(state)
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            _clean_up(self._root)
-            if needed_bytes > shutil.disk_usage(self._root).free:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            published, about = None, about | {"saved_at": _next_saved_at(self._root)}
-            for tier in tiers:
-                folder = self._root / f".writing-{tier}"
-                if published is None:
-                    n_bytes = _size_bytes(write_checkpoint(folder, tensors, state, about))
-                else:
-                    link_checkpoint(published, folder)
-                published = _publish(folder, tier)
-                elapsed_s = time.perf_counter() - t0_s
-                self._reports.put(SavedCheckpoint(tier, published, about["iter"], n_bytes, elapsed_s, about["val_loss"]))
-            self._prune()
+            folder = self._root / f".writing-{tiers[0]}"
+            saved_at = self._agree(lambda: self._make_room(needed_bytes))
+            about |= {"saved_at": saved_at}
+            manifest = write_checkpoint(folder, pieces, state, about, self._ranks)
+            if self._ranks is None or self._ranks.is_main:
+                self._publish_all(folder, manifest, tiers, t0_s)
         except OSError as error:
             self._reports.put(self._warning(error, about["iter"], needed_bytes))
         except BaseException as error:
             self._reports.put(error)
 
+    def _agree(self, decide: Callable[[], str]) -> str:
+        return self._ranks.agree(decide) if self._ranks else decide()
+
+    def _make_room(self, needed_bytes: int) -> str:
+        """Clears what failed saves left; returns the date for the manifest. Raises OSError where the disk is full."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        _clean_up(self._root)
+        if needed_bytes > shutil.disk_usage(self._root).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return _next_saved_at(self._root)
+
+    def _publish_all(self, folder: Path, manifest: dict[str, Any], tiers: tuple[str, ...], t0_s: float) -> None:
+        """Gives the finished checkpoint all its names, and deletes those that are too many now."""
+        published = _publish(folder, tiers[0])
+        for tier in tiers:
+            if tier != tiers[0]:
+                linked = self._root / f".writing-{tier}"
+                link_checkpoint(published, linked)
+                published = _publish(linked, tier)
+            elapsed_s = time.perf_counter() - t0_s
+            args = (tier, published, manifest["iter"], _size_bytes(manifest), elapsed_s, manifest["val_loss"])
+            self._reports.put(SavedCheckpoint(*args))
+        self._prune()
+
     def _warning(self, error: OSError, iter: int, needed_bytes: int) -> str:
-        with contextlib.suppress(OSError):  # makes room again, where the disk lets us
-            _clean_up(self._root)
+        if self._ranks is None or self._ranks.is_main:
+            with contextlib.suppress(OSError):  # makes room again, where the disk lets us
+                _clean_up(self._root)
         what = f"checkpoint of step {iter} not saved in {self._root}: {error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what += f"; it needs {needed_bytes:,} bytes and {shutil.disk_usage(self._root).free:,} are free"

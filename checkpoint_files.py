@@ -1,6 +1,6 @@
 """The format of one checkpoint on disk: a folder that is written whole, verified before use, exact to the bit.
 
-    .metadata, __0_0.distcp ...   tensors, as torch.distributed.checkpoint (DCP) lays them out
+    .metadata, __0_0.distcp ...   tensors, as torch.distributed.checkpoint (DCP) lays them out: __RANK_NUMBER.distcp
     state.json                    everything else that a resumed run needs
     manifest.json                 written last: format version, size and SHA-256 of every file, and its own checksum
 
@@ -17,7 +17,7 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,8 +28,10 @@ from configurator import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
     from torch.distributed.checkpoint.storage import WriteResult
+
+    from parallel import Ranks
 
     IndexedTensor = tuple[MetadataIndex, torch.Tensor]
 
@@ -43,18 +45,57 @@ class DamagedError(Exception):
     """What is wrong with a checkpoint on disk."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a tensor: what one rank holds, saves or wants of it."""
+
+    rows: torch.Tensor
+    first_row: int
+    shape: tuple[int, ...]  # of the whole tensor
+
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> Piece:
+        return cls(tensor, 0, tuple(tensor.shape))
+
+    def share(self, number: int, n_shares: int) -> Piece | None:
+        """One of `n_shares` parts of its rows; None where none is left for it. A scalar is the first one's."""
+        if not self.shape:
+            return self if number == 0 else None
+        size = -(-len(self.rows) // n_shares)
+        rows = self.rows[number * size : (number + 1) * size]
+        return Piece(rows, self.first_row + number * size, self.shape) if len(rows) else None
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return (self.first_row, *[0] * (len(self.shape) - 1)) if self.shape else ()
+
+
+def as_pieces(tensors: Mapping[str, torch.Tensor | Piece]) -> dict[str, Piece]:
+    """A plain tensor is a piece that is whole."""
+    return {name: t if isinstance(t, Piece) else Piece.whole(t) for name, t in tensors.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: str, about: dict[str, Any]) -> dict[str, Any]:
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor | Piece],
+    state: str,
+    about: dict[str, Any],
+    ranks: Ranks | None = None,
+) -> dict[str, Any]:
     """Makes `folder` a checkpoint; all of it is on the disk when this returns. Returns the manifest. Raises OSError.
 
     The tensors are on the CPU, each alone in its storage; `state` is JSON; `about` (run_name, iter, val_loss) joins the manifest.
+    With several `ranks` each brings its own pieces, and is back when its own are on the disk; rank 0 when all is.
     """
-    folder.mkdir()
-    files = _write_tensors(folder, tensors)
+    ranks.agree(folder.mkdir) if ranks else folder.mkdir()
+    files = _write_tensors(folder, as_pieces(tensors), ranks)
+    if ranks is not None and not ranks.is_main:
+        return {}
     files["state.json"] = _write_text(folder / "state.json", state)
     manifest = {"format_version": FORMAT_VERSION, "saved_at": datetime.now(UTC).isoformat(), **about, "files": files}
     manifest["manifest_sha256"] = manifest_digest(manifest)
@@ -90,16 +131,33 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Writes `tensors` in DCP's format and returns size and SHA-256 of each file.
+def _write_tensors(folder: Path, pieces: dict[str, Piece], ranks: Ranks | None) -> dict[str, dict[str, Any]]:
+    """Writes the tensors in DCP's format and returns size and SHA-256 of each file, of all ranks.
 
     DCP's own writer drops the errors of all its threads but one (a full disk can leave a checkpoint that looks whole), and
     its files would have to be read again for their checksums. So the writing of data is ours, the format DCP's.
     """
+    import torch
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+    from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
     from torch.futures import Future
 
     files: dict[str, dict[str, Any]] = {}
+
+    class PiecePlanner(dcp.DefaultSavePlanner):
+        def create_local_plan(self) -> dcp.SavePlan:
+            items = [self._item(name, piece) for name, piece in pieces.items()]
+            self.plan = dcp.SavePlan(items, planner_data={name: (name,) for name in pieces})  # for PyTorch's own tools
+            return self.plan
+
+        def _item(self, name: str, piece: Piece) -> WriteItem:
+            chunk, properties = _chunk(piece), TensorProperties.create_from_tensor(piece.rows)
+            data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(piece.shape))
+            return WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+        def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+            return pieces[index.fqn].rows
 
     class HashingWriter(dcp.FileSystemWriter):
         def storage_meta(self) -> None:
@@ -115,11 +173,23 @@ def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, 
             done.set_result([result for _, results in written for result in results])
             return done
 
+    several = ranks is not None and ranks.world_size > 1
     with _quiet_dcp():
-        dcp.save(tensors, storage_writer=HashingWriter(folder), no_dist=True)
-    metadata = (folder / ".metadata").read_bytes()
-    files[".metadata"] = {"bytes": len(metadata), "sha256": hashlib.sha256(metadata).hexdigest()}
+        group = ranks.group if several else None
+        dcp.save({}, storage_writer=HashingWriter(folder), planner=PiecePlanner(), process_group=group, no_dist=not several)
+    if several:
+        files = {name: entry for each in ranks.all_of(files) for name, entry in each.items()}
+    if not several or ranks.is_main:
+        metadata = (folder / ".metadata").read_bytes()
+        files[".metadata"] = {"bytes": len(metadata), "sha256": hashlib.sha256(metadata).hexdigest()}
     return files
+
+
+def _chunk(piece: Piece) -> ChunkStorageMetadata:
+    from torch import Size
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    return ChunkStorageMetadata(offsets=Size(piece.offsets), sizes=piece.rows.size())
 
 
 def _split(items: list[IndexedTensor]) -> list[list[IndexedTensor]]:
@@ -285,14 +355,16 @@ def _read_metadata(folder: Path, manifest: dict[str, Any]) -> Metadata:
     return metadata
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, verified. Raises DamagedError; UserError if it is of a newer format.
+def open_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
+    """A checkpoint, verified (without `checksums`, which another rank has compared, only in size).
+
+    Raises DamagedError; UserError if it is of a newer format.
 
     A running writer may put a newer one in its place meanwhile: then it is that one, from the start.
     """
     manifest = read_manifest(folder)
     try:
-        check_files(folder, manifest, checksums=True)
+        check_files(folder, manifest, checksums)
         with _damage("state.json"):
             state = json.loads((folder / "state.json").read_bytes())
         metadata = _read_metadata(folder, manifest)
@@ -302,7 +374,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     else:
         if _is_still(folder, manifest):
             return Checkpoint(folder, manifest, state, metadata)
-    return open_checkpoint(folder)
+    return open_checkpoint(folder, checksums)
 
 
 def _is_still(folder: Path, manifest: dict[str, Any]) -> bool:
@@ -326,19 +398,19 @@ class Checkpoint:
     def iter(self) -> int:
         return self.manifest["iter"]
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Copies every saved tensor into `tensors`, in place and bit by bit.
+    def load(self, tensors: Mapping[str, torch.Tensor | Piece]) -> None:
+        """Copies every saved tensor into `tensors`, or what they hold of it, in place and bit by bit.
 
         UserError with a table where names, shapes or dtypes differ; then nothing has been copied.
         """
-        saved = self.describe_tensors()
-        wanted = {name: _describe(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        saved, pieces = self.describe_tensors(), as_pieces(tensors)
+        wanted = {name: _describe(piece.shape, piece.rows.dtype) for name, piece in pieces.items()}
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         if names:
             rows = [(name, saved.get(name, "missing"), wanted.get(name, "missing")) for name in names[:10]]
             more = f"\n... and {len(names) - 10} more" if len(names) > 10 else ""
             raise UserError(f"{self.path} is of another model:\n{table(('tensor', 'checkpoint', 'this run'), rows)}{more}")
-        self._read(tensors)
+        self._read(pieces)
 
     def read_tensors(self, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """New CPU tensors: `names`, or all of the model and none of the optimizer's."""
@@ -347,7 +419,7 @@ class Checkpoint:
         saved = self.metadata.state_dict_metadata
         wanted = [name for name in saved if name.startswith("model.")] if names is None else names
         tensors = {name: torch.empty(saved[name].size, dtype=saved[name].properties.dtype) for name in wanted}
-        self._read(tensors)
+        self._read(as_pieces(tensors))
         return tensors
 
     def describe_tensors(self) -> dict[str, str]:
@@ -355,10 +427,20 @@ class Checkpoint:
         saved = self.metadata.state_dict_metadata
         return {name: _describe(entry.size, entry.properties.dtype) for name, entry in saved.items()}
 
-    def _read(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _read(self, pieces: dict[str, Piece]) -> None:
         import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-        metadata = self.metadata
+        metadata, tensors = self.metadata, {name: piece.rows.detach() for name, piece in pieces.items() if piece.rows.numel()}
+
+        class PiecePlanner(dcp.DefaultLoadPlanner):
+            def create_local_plan(self) -> dcp.LoadPlan:
+                saved, wanted = metadata.state_dict_metadata, {name: [_chunk(pieces[name])] for name in tensors}
+                items = [create_read_items_for_chunk_list(name, saved[name], chunks) for name, chunks in wanted.items()]
+                return dcp.LoadPlan([item for each in items for item in each])
+
+            def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+                return tensors[index.fqn]
 
         class VerifiedReader(dcp.FileSystemReader):
             def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -377,9 +459,7 @@ class Checkpoint:
 
         try:
             with _quiet_dcp():
-                dcp.load(
-                    {name: t.detach() for name, t in tensors.items()}, storage_reader=VerifiedReader(self.path), no_dist=True
-                )
+                dcp.load(tensors, storage_reader=VerifiedReader(self.path), planner=PiecePlanner(), no_dist=True)
         except (OSError, pickle.UnpicklingError) as error:
             raise UserError(f"{self.path} cannot be read: {error}") from error
         if not _is_still(self.path, self.manifest):

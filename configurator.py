@@ -29,7 +29,9 @@ ROOT = Path(__file__).resolve().parent  # the repository; its own files are foun
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message says what to type instead. Commands print it and exit with code 2."""
+    """A mistake of the user's: the message says what to type instead. Commands print it and exit with `exit_code`."""
+
+    exit_code = 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,6 +180,24 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    parallel: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"  # what ranks share out; auto: the first that fits
+    use_zero1: bool = False  # the same as parallel=zero1: each rank keeps a part of AdamW's state
+    use_fsdp: bool = False  # the same as parallel=fsdp: each rank keeps a part of parameters, gradients and AdamW's state
+    fsdp_min_num_params: int = 1_000_000  # fsdp: blocks of so many parameters are gathered one by one, smaller ones with the rest
+    fsdp_reshard_after_forward: bool = True  # fsdp: free a block's parameters until its backward pass: less memory, more traffic
+    fsdp_accumulate_whole: bool = False  # fsdp: reduce gradients in a step's last micro-step only: less traffic, more memory
+    hsdp_shard_size: int = 0  # fsdp: shard over so many ranks (those of a node) and replicate across; 0 shards over all
+    start_timeout_s: float = 1800.0  # longest wait of one rank for another until the loop begins (reading data, compilation)
+    step_timeout_s: float = 600.0  # the same from then on; a rank that hangs ends the job after this time
+
+    @property
+    def asked(self) -> Literal["auto", "ddp", "zero1", "fsdp"]:
+        """What `parallel` and its two short forms come to; fsdp contains what zero1 does."""
+        return "fsdp" if self.use_fsdp else "zero1" if self.use_zero1 and self.parallel == "auto" else self.parallel
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """The knobs of sample.py, which is a command of its own."""
 
@@ -206,6 +226,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
     origins: dict[str, str] = field(default_factory=dict)  # knob -> "default", "config/x.py:12" or "command line"
 
@@ -489,10 +510,10 @@ def origin_of(names: Iterable[str], origins: dict[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_steps log_interval adam_eps norm_eps rope_theta
-    sample_tokens max_skipped_steps max_hours num_samples max_new_tokens""".split()
+    sample_tokens max_skipped_steps max_hours start_timeout_s step_timeout_s num_samples max_new_tokens""".split()
 NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
     eval_interval eval_iters sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs
-    gradient_log_interval seed loss_chunk_rows temperature top_k""".split()
+    gradient_log_interval fsdp_min_num_params hsdp_shard_size seed loss_chunk_rows temperature top_k""".split()
 FRACTIONS = ["dropout", "beta1", "beta2"]
 
 
@@ -532,6 +553,9 @@ def impossible_combinations(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
     if optim.decay_lr and optim.lr_schedule != "constant" and optim.min_lr > optim.learning_rate:
         text = f"min_lr={optim.min_lr} is above learning_rate={optim.learning_rate}; pass --min_lr={optim.learning_rate / 10:g}"
         found.append((("learning_rate", "min_lr"), text))
+    for flag, others in (("use_zero1", ("ddp",)), ("use_fsdp", ("ddp", "zero1"))):
+        if vars(cfg.parallel)[flag] and cfg.parallel.parallel in others:
+            found.append(((flag, "parallel"), f"{flag} and parallel={cfg.parallel.parallel} contradict each other: pass one"))
     return found
 
 
@@ -574,14 +598,19 @@ def print_config(values: dict[str, Any], origins: dict[str, str]) -> None:
         print(f"{name} = {value!r}  # {origins[name]}")
 
 
+def error_text(error: UserError) -> str:
+    return "error: " + str(error).replace("\n", "\n       ")
+
+
 @contextmanager
 def command_errors() -> Iterator[None]:
     """A user's mistake becomes one message on stderr and exit code 2, without a traceback."""
     try:
         yield
     except UserError as error:
-        print("error: " + str(error).replace("\n", "\n       "), file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts several processes that make the same mistake
+            print(error_text(error), file=sys.stderr)
+        sys.exit(error.exit_code)
     except BrokenPipeError:  # `... | head` closed our output: nothing is wrong
         sys.stderr.close()
         sys.exit(0)

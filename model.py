@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -221,6 +221,10 @@ class Transformer(nn.Module):
                 x, branch = block(x, branch, rope, None if cache is None else cache.layers[i])
         if last_only:
             x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
+        return self.read_out(x, branch, targets, reduction)
+
+    def read_out(self, x: Tensor, branch: Tensor | None, targets: Tensor | None, reduction: Literal["mean", "sum"]) -> Tensor:
+        """What is behind the last block: final norm, head and, with targets, the loss."""
         if self.final_norm is not None:
             _, x = self.final_norm(x, branch)  # (B, T, C)
         weight = (self.head or self.token_embedding).weight
@@ -232,12 +236,19 @@ class Transformer(nn.Module):
         """The modules that may be sharded and gathered one at a time; embeddings, final norm and head are left to the root."""
         return list(self.blocks)
 
+    def compile_units(self) -> None:
+        """Compiles each block and what is behind them by itself, so that what ranks exchange can move between them."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward)
+        self.read_out = torch.compile(self.read_out)
+
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
+    def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
         """GPT-2's initialisation: normal(0, 0.02), smaller where a branch joins the residual stream, norms 1, biases 0.
 
-        Each parameter is drawn on its device by a generator of its own, seeded by (seed, name): values do not depend on
-        the order of construction. Also fills the rotary tables, so that a model from the meta device is whole after it.
+        Each parameter is drawn whole, on its device, by a generator of its own, seeded by (seed, name): values depend neither
+        on the order of construction nor on how many ranks share it; `put(parameter, values)` keeps what is this rank's. Also
+        fills the rotary tables, so that a model from the meta device is whole after it.
         """
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
@@ -249,7 +260,7 @@ class Transformer(nn.Module):
                 generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
                 # 2 n_layer branches add up in the residual stream: 1/sqrt of that keeps its variance (GPT-2 paper, section 2.3).
                 std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith(".out.weight") else 0.02
-                parameter.normal_(0.0, std, generator=generator)
+                put(parameter, torch.empty(parameter.shape, device=parameter.device).normal_(0.0, std, generator=generator))
         if self.cfg.position_encoding == "rope":
             cos, sin = self._rope_tables(self.rope_cos.device)
             self.rope_cos.copy_(cos)
@@ -263,11 +274,19 @@ class Transformer(nn.Module):
         return angle.cos(), angle.sin()  # (block_size, D/2) each
 
 
-def build_model(cfg: ModelConfig, device: torch.device, seed: int, ops: Operations = REFERENCE) -> Transformer:
-    """A fresh model on the device: shapes on meta, then storage and initialisation, so that nothing is held twice."""
+def build_model(
+    cfg: ModelConfig,
+    device: torch.device,
+    seed: int,
+    ops: Operations = REFERENCE,
+    shard: Callable[[Transformer], Any] = lambda model: None,
+    put: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+) -> Transformer:
+    """A fresh model on the device: shapes on meta, sharded, then storage and initialisation, so that nothing is held twice."""
     with torch.device("meta"):
         model = Transformer(cfg, ops)
-    model.to_empty(device=device).init_weights(seed)
+    shard(model)
+    model.to_empty(device=device).init_weights(seed, put)
     return model
 
 

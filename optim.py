@@ -7,7 +7,7 @@ kernel, and a gradient that is not finite makes the kernel leave weights and sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -40,35 +40,49 @@ def learning_rate(step: int, cfg: OptimConfig) -> float:
     return cfg.min_lr + remaining * (cfg.learning_rate - cfg.min_lr)
 
 
-def build_optimizer(model: nn.Module, cfg: OptimConfig, adamw: Callable[..., torch.optim.AdamW]) -> torch.optim.AdamW:
+def build_optimizer(
+    parameters: Iterable[torch.Tensor], cfg: OptimConfig, adamw: Callable[..., torch.optim.AdamW]
+) -> torch.optim.AdamW:
     """`adamw`, called as torch.optim.AdamW is, with its state in place.
 
-    Matrices and embeddings decay, vectors (norms, biases) do not.
+    Matrices and embeddings decay, vectors (norms, biases) do not. Of a parameter that is shared out among ranks it is given
+    this rank's rows.
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    tensors = list(parameters)
+    matrices, vectors = [p for p in tensors if p.dim() >= 2], [p for p in tensors if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     optimizer = adamw(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
-    for p in model.parameters():  # made now and not in the first step, so that a checkpoint always finds the same tensors
+    for p in tensors:  # made now and not in the first step, so that a checkpoint always finds the same tensors
         state = optimizer.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
     return optimizer
 
 
-def describe_groups(optimizer: torch.optim.AdamW) -> list[str]:
+def describe_groups(model: nn.Module, cfg: OptimConfig) -> list[str]:
     """nanoGPT's two lines on what decays and what does not."""
-    lines = []
-    for group in optimizer.param_groups:
-        kind, count = "decayed" if group["weight_decay"] else "non-decayed", sum(p.numel() for p in group["params"])
-        lines.append(f"num {kind} parameter tensors: {len(group['params'])}, with {count:,} parameters")
-    return lines
+    matrices, vectors = [p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]
+    kinds = {"decayed": matrices, "non-decayed": vectors} if cfg.weight_decay else {"non-decayed": matrices + vectors}
+    return [
+        f"num {kind} parameter tensors: {len(tensors)}, with {sum(p.numel() for p in tensors):,} parameters"
+        for kind, tensors in kinds.items()
+        if tensors
+    ]
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+def optimizer_tensors(named: Mapping[str, torch.Tensor], optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     """AdamW's state by parameter name (`optim.<parameter>.exp_avg`): what a checkpoint keeps."""
-    return {f"optim.{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
+    return {f"optim.{name}.{key}": value for name, p in named.items() for key, value in optimizer.state[p].items()}
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradient of a step, or this rank's part of it; `total` then makes a sum over its elements one over all."""
+
+    tensors: list[torch.Tensor]
+    n_elements: int  # of the whole gradient
+    total: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,15 +94,27 @@ class Update:
     moments: tuple[torch.Tensor, ...]  # mean and standard deviation of all gradient elements, where asked for
 
 
-def update(optimizer: torch.optim.AdamW, cfg: OptimConfig, lr: float, scale: torch.Tensor, with_moments: bool) -> Update:
+def update(
+    optimizer: torch.optim.AdamW,
+    cfg: OptimConfig,
+    lr: float,
+    scale: torch.Tensor,
+    with_moments: bool,
+    gradients: Gradients | None = None,
+) -> Update:
     """One AdamW step on the gradients in place, which are `scale` times too large; then the gradients are dropped.
 
-    The norm is global over all parameters; with `grad_clip` > 0 the gradient is divided by max(1, norm / grad_clip).
+    The norm is global over all parameters (`gradients`, where the optimizer has only this rank's rows); with `grad_clip` > 0 the
+    gradient is divided by max(1, norm / grad_clip).
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / scale
+    own = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    whole = gradients or Gradients(own, sum(g.numel() for g in own))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(whole.tensors)))
+    if whole.total is not None:
+        norm = whole.total(norm.square()).sqrt()
+    norm = norm / scale
     overflow = 1.0 - torch.isfinite(norm).float()
-    moments = gradient_moments(gradients, norm, scale) if with_moments else ()
+    moments = gradient_moments(whole, norm, scale) if with_moments else ()
     shrink = (norm / cfg.grad_clip).clamp(min=1.0) if cfg.grad_clip > 0 else torch.ones_like(norm)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -98,8 +124,10 @@ def update(optimizer: torch.optim.AdamW, cfg: OptimConfig, lr: float, scale: tor
     return Update(norm, overflow, moments)
 
 
-def gradient_moments(gradients: list[torch.Tensor], norm: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient_moments(gradients: Gradients, norm: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over all gradient elements; std^2 = norm^2 / n - mean^2."""
-    n = sum(g.numel() for g in gradients)
-    mean = torch.stack([g.sum(dtype=torch.float32) for g in gradients]).sum() / scale / n
-    return mean, (norm.square() / n - mean.square()).clamp(min=0.0).sqrt()
+    total = torch.stack([g.sum(dtype=torch.float32) for g in gradients.tensors]).sum()
+    if gradients.total is not None:
+        total = gradients.total(total)
+    mean = total / scale / gradients.n_elements
+    return mean, (norm.square() / gradients.n_elements - mean.square()).clamp(min=0.0).sqrt()

@@ -1,6 +1,8 @@
-"""Ranks and devices: who this process is, where it computes, when it must stop, and reading figures back without waiting.
+"""Ranks and devices: who this process is, where it computes, what the ranks agree on, and reading figures back without waiting.
 
-This version trains in one process; torchrun's environment is read so that a launch with more is refused in one line.
+torchrun starts one process a GPU (or several on a CPU) and tells each its rank. They meet in a process group: NCCL carries
+tensors on GPUs, gloo carries tensors on CPUs and everything that is said between hosts. Without torchrun there is one rank
+and no group, and nothing here waits for anybody.
 """
 
 from __future__ import annotations
@@ -8,35 +10,103 @@ from __future__ import annotations
 import os
 import platform
 import signal
+import sys
 import time
+import traceback
 from collections import deque
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
-from configurator import RunConfig, UserError
+from configurator import ParallelConfig, RunConfig, UserError, error_text
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among all of them. Every method but `is_main` is a collective: all ranks call it, in the same order."""
+
     rank: int
     world_size: int
     device: torch.device
+    group: Any = None  # the process group that these ranks talk in; None is torch.distributed's own
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def with_own_group(self, timeout_s: float) -> Ranks:
+        """The same ranks in a group of their own on the hosts, for a thread that talks beside training."""
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
-def choose_device(name: str) -> torch.device:
-    """The device that `name` asks for; `auto` is the first GPU, or the CPU where there is none. Raises UserError."""
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place; on a GPU only the stream waits for it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def table(self, figures: torch.Tensor, host_figures: Sequence[float]) -> torch.Tensor:
+        """Everybody's figures, a row for each rank: (n,) on the device and m on the host -> (world_size, n + m)."""
+        on_gpu = self.device.type == "cuda"
+        host = torch.tensor(host_figures, dtype=torch.float32, pin_memory=on_gpu)
+        row = torch.cat([figures, host.to(self.device, non_blocking=True)])
+        if self.world_size == 1:
+            return row[None]
+        rows = torch.zeros(self.world_size, len(row), device=self.device)
+        rows[self.rank] = row
+        return self.sum_(rows)
+
+    def all_of(self, value: T) -> list[T]:
+        """Everybody's value, by rank: what pickle can carry, between hosts."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns on rank 0, where alone it is called, on every rank. Its exception is raised on all of them."""
+        if self.world_size == 1:
+            return decide()
+        said: list[Any] = [None, None]  # result, error
+        if self.is_main:
+            try:
+                said[0] = decide()
+            except (UserError, OSError) as error:
+                said[1] = error
+        dist.broadcast_object_list(said, src=0, group=self.group)
+        if said[1] is not None:
+            raise said[1]
+        return said[0]
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """From now on a rank that waits longer than this for another gives up, which ends the job. Not a collective."""
+        if self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
+
+
+def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """The device that `name` asks for; `auto` is the rank's own GPU, or the CPU where there is none. Raises UserError."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(f"--device={name}: no usable CUDA GPU here; pass --device=cpu")
-    index = 0 if name == "auto" else torch.device(name).index or 0
+    if local_world_size > 1:
+        if name not in ("auto", "cuda"):
+            raise UserError(f"--device={name}: torchrun started {local_world_size} processes, each for a GPU; leave it out")
+        if local_world_size > torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started {local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs; "
+                f"pass --nproc_per_node={torch.cuda.device_count()}"
+            )
+    index = local_rank if name in ("auto", "cuda") else torch.device(name).index
     if index >= torch.cuda.device_count():
         raise UserError(f"--device={name}: the last GPU here is cuda:{torch.cuda.device_count() - 1}")
     torch.cuda.set_device(index)
@@ -44,20 +114,77 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def start_ranks(run: RunConfig) -> Ranks:
+def start_ranks(run: RunConfig, cfg: ParallelConfig, stack: ExitStack) -> Ranks:
     """This process's rank and device, seeded and set for speed or for bitwise reproducibility.
 
-    Raises UserError where the device is not there or torchrun started several processes.
+    Under torchrun all ranks meet here; they part when the stack is closed. Raises UserError where the device is not there, or
+    the others cannot be reached.
     """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise UserError(f"torchrun started {world_size} processes; this version trains in one: pass --nproc_per_node=1")
-    device = choose_device(run.device)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = choose_device(run.device, local_rank, local_world_size)
     if run.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts; without it torch refuses to run
         torch.use_deterministic_algorithms(True)
-    torch.manual_seed(run.seed)
-    return Ranks(rank=0, world_size=1, device=device)
+    torch.manual_seed(run.seed + rank)  # dropout must not be the same on all ranks
+    if world_size > 1:
+        connect(device, cfg.start_timeout_s)
+        stack.callback(dist.destroy_process_group)
+    return Ranks(rank, world_size, device)
+
+
+def connect(device: torch.device, timeout_s: float) -> None:
+    """Joins the process group of torchrun's environment. Raises UserError where that fails."""
+    if device.type == "cuda" and not dist.is_nccl_available():
+        raise UserError("several GPUs need NCCL, which this PyTorch lacks; install a CUDA build of it, or pass --device=cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    gpu = device if device.type == "cuda" else None  # connects NCCL now and not in the first collective
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=gpu)
+    except (dist.DistError, ValueError) as error:  # a port in use, a host that is not there, an incomplete environment
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the ranks cannot meet at {where}: {reason}; start them with torchrun, on a free --master_port"
+        ) from None
+
+
+def is_first_to_fail() -> bool:
+    """Whether it is for this rank to print what went wrong: the first of all that asks; of a machine, before they have met."""
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("nanotrain/failed", 1) == 1
+    except dist.DistError:  # the machine that keeps count is gone
+        return True
+
+
+@contextmanager
+def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Raises what `explain` makes of an error; but one of several ranks ends at once: its threads may wait for others for ever.
+
+    The first rank to fail prints the error, and leaves it to torchrun too, which repeats it at the very end; the others mostly
+    fail because that one is gone, and say so in a line.
+    """
+    try:
+        yield
+    except Exception as error:
+        error = explain(error)
+        if not dist.is_initialized():
+            raise error from error.__cause__
+        is_user_error = isinstance(error, UserError)
+        if is_first_to_fail():
+            print(error_text(error) if is_user_error else "".join(traceback.format_exception(error)), file=sys.stderr)
+            if "TORCHELASTIC_ERROR_FILE" in os.environ:
+                from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+                get_error_handler().record_exception(error)
+        elif not is_user_error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"rank {dist.get_rank()} ends because another rank has failed ({reason[:200]})", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code if is_user_error else 1)
 
 
 def device_name(device: torch.device) -> str:
@@ -102,38 +229,48 @@ class ReadBack:
 
     On a GPU each step's scalars are copied to pinned memory behind the step; they are read once the next step is
     queued, so the device always has work. A step's time runs from the end of the step before, or from `restart_clock`
-    where something else (an evaluation, a checkpoint) came in between: what the loop itself costs is in it.
+    where something else (an evaluation, a checkpoint) came in between: what the loop itself costs is in it. Of the same
+    span `own_ms` is what this rank took up to `mark`, before it waits for others.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.depth = 1 if self.on_gpu else 0  # newest steps that are left alone; a CPU has finished them anyway
-        self.pending: deque[tuple[Any, torch.Tensor, Any, Any]] = deque()
+        self.pending: deque[tuple[Any, torch.Tensor, Any, Any, Any]] = deque()
+        self.own_ms = 0.0  # of the newest step that was read
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """The next step starts now."""
-        self.start = self._instant()
+        self.start = self.marked = self._instant()
 
-    def push(self, tag: Any, scalars: list[torch.Tensor]) -> None:
-        """A step is queued whole; `tag` comes back with its scalars."""
-        values = torch.stack(scalars).float()
+    def mark(self) -> None:
+        """This rank's own work of the step is queued; what follows waits for the others."""
+        self.marked = self._instant()
+
+    def push(self, tag: Any, figures: torch.Tensor) -> None:
+        """A step is queued whole; `tag` comes back with its figures, (n,) on the device."""
+        values = figures.float()
         if self.on_gpu:
             pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             values = pinned.copy_(values, non_blocking=True)
         end = self._instant()
-        self.pending.append((tag, values, self.start, end))
+        self.pending.append((tag, values, self.start, self.marked, end))
         self.start = end
 
     def pop(self, keep: int) -> list[tuple[Any, list[float], float]]:
         """(tag, figures, milliseconds) of all steps but the newest `keep`, oldest first; waits for those only."""
         read = []
         while len(self.pending) > keep:
-            tag, values, start, end = self.pending.popleft()
+            tag, values, start, marked, end = self.pending.popleft()
             if self.on_gpu:
                 end.synchronize()  # the copy to `values` is before it
-            elapsed_ms = start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
-            read.append((tag, values.tolist(), elapsed_ms))
+            self.own_ms = self._ms(start, marked)
+            read.append((tag, values.tolist(), self._ms(start, end)))
         return read
+
+    def _ms(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
 
     def _instant(self) -> Any:
         if not self.on_gpu:
@@ -143,16 +280,20 @@ class ReadBack:
         return event
 
 
+MAX_HOURS = 100  # among the codes of StopRequest, whose others are numbers of signals
+
+
 class StopRequest:
     """Whether the run should end after this step: SIGTERM, SIGINT, SIGUSR1 or the end of max_hours.
 
-    The first signal asks; a second one exits at once. `reason` is empty until then.
+    The first signal asks; a second one exits at once. A rank alone obeys its own `code`. Among several a signal may reach any
+    of them, so all obey what they have all `heard`: the highest code of a step, or of an evaluation's batch.
     """
 
-    def __init__(self, max_hours: float | None) -> None:
+    def __init__(self, max_hours: float | None, ranks: Ranks) -> None:
         self.deadline_s = time.monotonic() + 3600 * max_hours if max_hours is not None else float("inf")
-        self.max_hours = max_hours
-        self.signal = 0
+        self.max_hours, self.ranks = max_hours, ranks
+        self.signal = self.heard = 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
@@ -163,15 +304,31 @@ class StopRequest:
         with suppress(OSError):  # stderr may be a pipe whose reader is gone: Ctrl-C ends a `| tee` as well
             os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving\n".encode())  # print is not reentrant
 
+    @property
+    def code(self) -> int:
+        """What this rank alone would do: the number of a signal, MAX_HOURS, or 0."""
+        return self.signal or (MAX_HOURS if time.monotonic() > self.deadline_s else 0)
+
+    def hear(self, codes: Sequence[float]) -> None:
+        """The codes of all ranks, the same on every rank."""
+        self.heard = self.heard or int(max(codes))
+
+    def ask(self) -> bool:
+        """The ranks tell each other their codes, on the hosts; whether to stop. A collective."""
+        if self.ranks.world_size > 1:
+            code = torch.tensor(self.code)
+            dist.all_reduce(code, dist.ReduceOp.MAX)
+            self.hear([code.item()])
+        return bool(self)
+
     def __bool__(self) -> bool:
         return bool(self.reason)
 
     @property
     def reason(self) -> str:
-        if self.signal:
-            return signal.Signals(self.signal).name
-        return f"max_hours={self.max_hours:g}" if time.monotonic() > self.deadline_s else ""
+        code = self.heard if self.ranks.world_size > 1 else self.code
+        return f"max_hours={self.max_hours:g}" if code == MAX_HOURS else signal.Signals(code).name if code else ""
 
     @property
     def exit_code(self) -> int:
-        return 143 if self.signal == signal.SIGTERM else 0
+        return 143 if self.reason == "SIGTERM" else 0

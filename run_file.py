@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -75,6 +75,7 @@ class StepRecord:
     peak_gb: float | None = None
     reserved_gb: float | None = None
     skipped: int = 0  # steps skipped so far because of a non-finite gradient
+    own_ms: Sequence[float] = ()  # of each rank, its own work of the step before: until it waits for the others
 
 
 def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
     if step.grad_std is not None:
         gradients |= {"grad_mean": step.grad_mean, "grad_std": step.grad_std}
     memory = {"allocated_gb": step.allocated_gb, "peak_gb": step.peak_gb, "reserved_gb": step.reserved_gb}
+    slowest = max(range(len(step.own_ms)), key=lambda rank: step.own_ms[rank], default=0)
+    ranks = {"ranks": {"slowest": slowest, "slowest_ms": round(step.own_ms[slowest], 3)}} if len(step.own_ms) > 1 else {}
     return {
         "iter": step.iter,
         "loss": step.loss,
@@ -105,6 +108,7 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
         },
         "memory": None if step.allocated_gb is None else {name: round(size, 3) for name, size in memory.items()},
         "gradients": gradients,
+        **ranks,
     }
 
 

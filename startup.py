@@ -11,28 +11,30 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import kernels
 from checkpoint import (
     FOLDER,
     Checkpoint,
     CheckpointStore,
+    Piece,
     check_compatible,
     check_free_space,
     find_checkpoint,
     lock_out_dir,
     most_copies,
+    open_checkpoint,
     set_aside,
 )
-from configurator import Config, UserError
+from configurator import Config, UserError, nearest
 from data.loader import SampleOrder
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
@@ -41,6 +43,7 @@ from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
 from precision import LossScale, autocast
+from sharding import LAYOUTS, Layout
 from training_logger import Throughput, TrainingLogger, new_run_name
 
 NOT_SHAPE = ("dropout", "gradient_checkpointing", "loss_chunk_rows")  # model knobs that a resumed run may change
@@ -59,6 +62,7 @@ class TrainState:
     """Everything that moves during training: `tensors` and `to_json` are a checkpoint's content, `restore` their inverse."""
 
     model: nn.Module
+    layout: Layout
     optimizer: torch.optim.AdamW
     loss_scale: LossScale
     ranks: Ranks
@@ -77,29 +81,76 @@ class TrainState:
     def tokens(self) -> int:
         return self.samples * self.model.cfg.block_size
 
-    def tensors(self) -> dict[str, Tensor]:
-        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return weights | optimizer_tensors(self.model, self.optimizer) | self.loss_scale.tensors()
+    def held(self) -> Iterator[tuple[str, Piece, int]]:
+        """(name, piece, number of ranks that hold the same) of every tensor of a checkpoint."""
+        parts, world_size = self.layout.parts, self.ranks.world_size
+        scalars = self.loss_scale.tensors()
+        for name, tensor in optimizer_tensors({name: part.rows for name, part in parts.items()}, self.optimizer).items():
+            part = parts[name.removeprefix("optim.").rpartition(".")[0]]
+            if tensor.ndim:
+                yield name, Piece(tensor, part.first_row, tuple(part.parameter.shape)), part.copies
+            else:
+                scalars[name] = tensor
+        for name, part in parts.items():
+            yield f"model.{name}", Piece(part.rows.detach(), part.first_row, tuple(part.parameter.shape)), part.copies
+        for name, tensor in scalars.items():
+            yield name, Piece.whole(tensor), world_size
+
+    def to_save(self) -> dict[str, Piece]:
+        """This rank's share of the tensors: ranks that hold the same rows divide them, so that each copies and writes as much."""
+        self.layout.settle()
+        rank, n = self.ranks.rank, self.ranks.world_size
+        shares = {name: piece.share(rank * copies // n, copies) for name, piece, copies in self.held()}
+        return {name: share for name, share in shares.items() if share is not None}
 
     def to_json(self, cfg: Config, dataset: Dataset) -> dict[str, Any]:
+        """Everything else that moves, of all ranks. A collective."""
+        generators = self.ranks.all_of(random_state(self.ranks.device))
         return {
             "run_name": self.run_name,
+            "launch": launch_id(),
             "val_loss": self.val_loss,
             "counters": {name: getattr(self, name) for name in self.COUNTERS},
-            "rng": {str(self.ranks.rank): random_state(self.ranks.device)},
+            "rng": {str(rank): states for rank, states in enumerate(generators)},
             "config": {"values": cfg.values(), "origins": cfg.origins},
             **identity(cfg, dataset),
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Raises UserError where the checkpoint is of another model."""
+        """From a checkpoint of any number of ranks and any layout. Raises UserError where it is of another model."""
         # A run may go on in another dtype: a loss scale that was not saved starts afresh, one that is not needed is dropped.
         unused_scale = LossScale(torch.float16, self.ranks.device).tensors()
-        tensors, saved = unused_scale | self.tensors(), checkpoint.metadata.state_dict_metadata
-        checkpoint.load({name: t for name, t in tensors.items() if name in saved or name not in unused_scale})
+        pieces, saved = unused_scale | {name: piece for name, piece, _ in self.held()}, checkpoint.metadata.state_dict_metadata
+        checkpoint.load({name: piece for name, piece in pieces.items() if name in saved or name not in unused_scale})
+        self.layout.finish()
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
+
+
+def launch_id() -> str | None:
+    """What torchrun calls this job; the same after each of its --max_restarts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout, str]:
+    """(how the model lies on the ranks, what the report says of it). Raises UserError where the ranks cannot share the work."""
+    n, steps, size = ranks.world_size, cfg.data.gradient_accumulation_steps, cfg.parallel.hsdp_shard_size
+    if steps % n:
+        near = nearest([k * n for k in range(1, steps // n + 2)], steps)
+        raise UserError(
+            f"--gradient_accumulation_steps={steps} counts the micro-steps of all ranks together, and {n} ranks cannot share "
+            f"them evenly; the nearest that work: {near}"
+        )
+    if n == 1:
+        return Layout(ranks, cfg.parallel, dtype), "one process"
+    if size and n % size:
+        near = nearest([k for k in range(1, n + 1) if n % k == 0], size)
+        raise UserError(f"--hsdp_shard_size={size} does not divide the {n} ranks; the nearest that do: {near}")
+    name, why = cfg.parallel.asked, "as asked for"
+    if name == "auto":
+        name, why = "ddp", "by default"
+    return LAYOUTS[name](ranks, cfg.parallel, dtype), f"{name} over {n} ranks, {why}"
 
 
 def schedule_notes(cfg: Config) -> list[str]:
@@ -126,8 +177,25 @@ def refuse_pretrained(cfg: Config) -> None:
         )
 
 
-def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:
-    """(the checkpoint to resume, lines to log). Locks out_dir until the stack is closed; an evaluation only reads it."""
+def claim_out_dir(cfg: Config, dataset: Dataset, ranks: Ranks, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:
+    """(the checkpoint to resume, lines to log). Locks out_dir until the stack is closed; an evaluation only reads it.
+
+    Rank 0 finds and verifies the checkpoint for all.
+    """
+    claimed: list[Checkpoint | None] = []
+
+    def claim() -> tuple[Path | None, list[str]]:
+        checkpoint, notes = find_to_resume(cfg, dataset, stack)
+        claimed.append(checkpoint)
+        return checkpoint and checkpoint.path, notes
+
+    path, notes = ranks.agree(claim)
+    if claimed or path is None:
+        return (claimed or [None])[0], notes
+    return open_checkpoint(path, checksums=False), notes
+
+
+def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:
     notes: list[str] = []
     out_dir, writes = Path(cfg.run.out_dir), not cfg.eval.eval_only
     if writes:
@@ -135,13 +203,17 @@ def claim_out_dir(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Chec
     checkpoint = None
     if cfg.checkpoint.init_from == "resume":
         checkpoint = find_checkpoint(out_dir, cfg.checkpoint.resume or "latest", notes.append)
-        if checkpoint:
-            check_compatible(checkpoint.state, identity(cfg, dataset))
-            notes.append(f"resuming {checkpoint.path} after step {checkpoint.iter}")
-        elif not writes:
+    elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and writes:  # torchrun starts a job that failed once more
+        checkpoint = find_checkpoint(out_dir, "latest", notes.append)
+        if checkpoint and checkpoint.state.get("launch") != launch_id():
+            checkpoint = None  # another job's: this one failed before it had saved anything
+    if checkpoint:
+        check_compatible(checkpoint.state, identity(cfg, dataset))
+        notes.append(f"resuming {checkpoint.path} after step {checkpoint.iter}")
+    elif cfg.checkpoint.init_from == "resume":
+        if not writes:
             raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
-        else:
-            notes.append(f"nothing saved in {out_dir} yet: starting from scratch")
+        notes.append(f"nothing saved in {out_dir} yet: starting from scratch")
     replaces = is_own(cfg, checkpoint)
     if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint, replaces)):
         notes.append(warning)
@@ -160,12 +232,13 @@ def in_latest(cfg: Config, checkpoint: Checkpoint | None) -> tuple[int, int] | N
     return None
 
 
-def open_store(cfg: Config, checkpoint: Checkpoint | None, log: TrainingLogger) -> CheckpointStore:
+def open_store(cfg: Config, checkpoint: Checkpoint | None, log: TrainingLogger, ranks: Ranks) -> CheckpointStore:
     """The run's checkpoints. Those of another run are set aside: only now, when nothing can be refused any more."""
     out_dir = Path(cfg.run.out_dir)
-    if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := set_aside(out_dir)):
+    if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := ranks.agree(lambda: set_aside(out_dir))):
         log.line(line)
-    return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line)
+    own = ranks.with_own_group(cfg.parallel.start_timeout_s) if ranks.world_size > 1 else None
+    return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line, own)
 
 
 @dataclass(frozen=True)
@@ -198,11 +271,12 @@ def choose_kernels(cfg: Config, device: torch.device) -> tuple[kernels.Operation
         raise UserError(str(error)) from None
 
 
-def run_name_of(cfg: Config, checkpoint: Checkpoint | None) -> str:
+def run_name_of(cfg: Config, checkpoint: Checkpoint | None, ranks: Ranks) -> str:
     """The name given, else the resumed run's, else the time; an evaluation has a log of its own."""
+    now = ranks.agree(new_run_name)
     if cfg.eval.eval_only:
-        return f"eval_{cfg.run.run_name or new_run_name()}"
-    return cfg.run.run_name or (checkpoint.state["run_name"] if checkpoint else new_run_name())
+        return f"eval_{cfg.run.run_name or now}"
+    return cfg.run.run_name or (checkpoint.state["run_name"] if checkpoint else now)
 
 
 def ending(kind: type[BaseException] | None, error: BaseException | None, stop: StopRequest) -> str:
@@ -210,13 +284,16 @@ def ending(kind: type[BaseException] | None, error: BaseException | None, stop: 
     return f"{kind.__name__}: {error}" if kind else stop.reason or "finished"
 
 
-def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Callable[[str], None]) -> Callable[..., torch.Tensor]:
+def compile_model(
+    model: Transformer, cfg: Config, dtype: torch.dtype, ranks: Ranks, say: Callable[[str], None]
+) -> Callable[..., torch.Tensor]:
     """The model's forward pass, compiled where `compile` asks for it and a compiler is there.
 
     One micro-batch of random tokens goes forward and backward, so that no timed step compiles anything; weights and random
-    numbers are left as they were.
+    numbers are left as they were. Among several ranks blocks are compiled one by one: hooks at their borders move shards and
+    gradients, which a graph of the whole model would let happen only before or after all of it.
     """
-    device = next(model.parameters()).device
+    device = ranks.device
     if not cfg.run.compile:
         return model
     if missing := missing_compiler(device):
@@ -224,7 +301,9 @@ def compile_model(model: Transformer, cfg: Config, dtype: torch.dtype, say: Call
         return model
     say("compiling the model (--compile=False starts at once and runs slower)")
     t0_s, before = time.perf_counter(), random_state(device)
-    forward = torch.compile(model)
+    if ranks.world_size > 1:
+        model.compile_units()
+    forward = model if ranks.world_size > 1 else torch.compile(model)
     ids = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
     with autocast(device, dtype):
         loss = forward(ids[0], ids[1])
@@ -245,7 +324,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def start_report(
-    cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype, chosen_kernels: dict[str, str]
+    cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype, chosen_kernels: dict[str, str], parallel: str
 ) -> tuple[dict[str, dict[str, Any]], Throughput]:
     """(what the run is, for the console and the log; what turns its step times into MFU)."""
     full, causal = flops_per_token(cfg.model), flops_per_token(cfg.model, causal=True)
@@ -270,7 +349,7 @@ def start_report(
         "training": {
             "batch": " x ".join(map(str, factors)) + f" = {tokens_per_step:,} tokens a step",
             "steps": cfg.optim.max_iters,
-            "parallel": "one process",
+            "parallel": parallel,
             "precision": f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision,
             **chosen_kernels,
             "attention": "scaled_dot_product_attention",
@@ -284,7 +363,7 @@ def start_report(
     return info, Throughput(full, causal, peak and peak * ranks.world_size, tokens_per_step)
 
 
-def marker_lines(info: dict[str, dict[str, Any]]) -> list[str]:
+def marker_lines(info: dict[str, dict[str, Any]], layout: Layout) -> list[str]:
     """The lines of the start report that other tools look for."""
     hardware = info["hardware"]
     lines = [f"number of parameters: {info['model']['parameters'] / 1e6:.2f}M"]
@@ -294,7 +373,7 @@ def marker_lines(info: dict[str, dict[str, Any]]) -> list[str]:
     if info["training"]["norm_kernel"] == "triton":
         norm = "RMSNorm" if info["model"]["normalization"].startswith("rmsnorm") else "LayerNorm"
         lines.append(f"using Triton-accelerated {norm}")
-    return lines
+    return lines + layout.marker_lines()
 
 
 def model_info(cfg: Config, full: float, causal: float) -> dict[str, Any]:
@@ -350,6 +429,23 @@ def three_digits(value: float) -> float:
 
 def gpu_memory_gb(device: torch.device) -> float | None:
     return round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if device.type == "cuda" else None
+
+
+class NonFiniteRun(UserError):
+    """Too many steps in a row had a gradient that is not finite."""
+
+    exit_code = 3
+
+
+class OutOfMemory(UserError):
+    exit_code = 4
+
+
+def explain(cfg: Config, error: Exception) -> Exception:
+    """What to raise instead: where memory has run out, an error that says what needs less."""
+    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+        return OutOfMemory(out_of_memory_help(cfg, error))
+    return error
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

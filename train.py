@@ -5,8 +5,6 @@ Read `train` from top to bottom: it is the table of contents of the whole system
 
 from __future__ import annotations
 
-import sys
-
 from configurator import Config, answer_early, load_config, run_command
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
@@ -29,39 +27,25 @@ from data.loader import Loader, SampleOrder, evaluation_batches
 from data.tokens import Dataset, load_dataset
 from model import SampleOptions, build_model, generate
 from optim import build_optimizer, describe_groups, learning_rate, update
-from parallel import ReadBack, StopRequest, memory_gb, start_ranks
+from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
 from precision import LossScale, autocast, choose_dtype
+from sharding import put_rows
 from startup import Prompt, TrainState
 from training_logger import StepRecord, TrainingLogger
-
-EXIT_NON_FINITE, EXIT_OUT_OF_MEMORY = 3, 4
-
-
-class NonFiniteRun(Exception):
-    """Too many steps in a row had a gradient that is not finite."""
 
 
 def main(argv: list[str]) -> int:
     cfg = load_config(argv)
-    try:
-        with ExitStack() as stack:
-            return train(cfg, stack)
-    except NonFiniteRun as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_NON_FINITE
-    except (RuntimeError, MemoryError) as error:
-        if not startup.is_out_of_memory(error):
-            raise
-        print(f"error: {startup.out_of_memory_help(cfg, error)}", file=sys.stderr)
-        return EXIT_OUT_OF_MEMORY
+    with ExitStack() as stack, ending_together(lambda error: startup.explain(cfg, error)):
+        return train(cfg, stack)
 
 
 def train(cfg: Config, stack: ExitStack) -> int:
     """One run, from its configuration to its exit code; what must be closed at the end is put on the stack."""
-    # 1. Ranks: device and seeds; from here on a signal ends the run in an orderly way.
-    ranks = start_ranks(cfg.run)
+    # 1. Ranks: process group, device, seeds; from here on a signal ends the run in an orderly way.
+    ranks = start_ranks(cfg.run, cfg.parallel, stack)
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
-    stop = StopRequest(cfg.run.max_hours)
+    stop = StopRequest(cfg.run.max_hours, ranks)
     startup.refuse_pretrained(cfg)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
 
@@ -70,16 +54,19 @@ def train(cfg: Config, stack: ExitStack) -> int:
     cfg = startup.with_vocabulary(cfg, dataset)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
     prompt = startup.load_prompt(cfg, dataset)
-    checkpoint, notes = startup.claim_out_dir(cfg, dataset, stack)
+    layout, parallel = startup.choose_layout(cfg, ranks, dtype)
+    checkpoint, notes = startup.claim_out_dir(cfg, dataset, ranks, stack)
 
-    # 3. Model: shapes on meta, then storage and initialisation, then (below, with a log to say so) compile.
-    model = build_model(cfg.model, ranks.device, cfg.run.seed, ops)
+    # 3. Model: shapes on meta, then shard, then storage and initialisation, then (below, with a log to say so) compile.
+    model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, layout.shard, put_rows)
+    layout.attach(model)
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
-    optimizer = build_optimizer(model, cfg.optim, ops.AdamW)
+    optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
 
     # 5. Resume: everything that moves is tracked by one object, so everything is restored.
-    state = TrainState(model, optimizer, LossScale(dtype, ranks.device), ranks, startup.run_name_of(cfg, checkpoint))
+    run_name = startup.run_name_of(cfg, checkpoint, ranks)
+    state = TrainState(model, layout, optimizer, LossScale(dtype, ranks.device), ranks, run_name)
     if checkpoint:
         state.restore(checkpoint)
     loader = Loader(dataset.train, order, cfg.data, ranks.device, ranks.rank, ranks.world_size, state.samples)
@@ -89,14 +76,16 @@ def train(cfg: Config, stack: ExitStack) -> int:
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
     log = TrainingLogger(cfg, state.run_name, resume_iter, checkpoint and checkpoint.state["run_name"], active=ranks.is_main)
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
-    info, throughput = startup.start_report(cfg, dataset, ranks, dtype, chosen_kernels)
+    info, throughput = startup.start_report(cfg, dataset, ranks, dtype, chosen_kernels, parallel)
     log.report(info, throughput)
-    log.line("\n".join([*startup.marker_lines(info), *describe_groups(optimizer), *startup.schedule_notes(cfg), *notes]))
-    forward = startup.compile_model(model, cfg, dtype, log.line)
-    store = startup.open_store(cfg, checkpoint, log)
+    notes = [*startup.marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.schedule_notes(cfg), *notes]
+    log.line("\n".join(notes))
+    forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
+    store = startup.open_store(cfg, checkpoint, log, ranks)
     stack.callback(store.close)  # waits until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
+    ranks.set_timeout(cfg.parallel.step_timeout_s)
     readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint)
     loop(Run(cfg, dataset, order, dtype, state, loader, forward, log, store, readback, stop, prompt, in_latest))
     return stop.exit_code
@@ -119,6 +108,7 @@ class Run:
     stop: StopRequest
     prompt: Prompt | None  # of text samples, where they are asked for
     in_latest: tuple[int, int] | None  # what `latest` holds: finished steps, and the last of them that was evaluated
+    overdue: bool = False  # rank 0 says that `latest` was last written checkpoint_minutes ago
     saved_s: float = field(default_factory=time.monotonic)  # when `latest` was last written
 
 
@@ -153,22 +143,27 @@ def due(step: int, interval: int) -> bool:
 
 def train_step(run: Run) -> None:
     """Queue one step on the device: its micro-batches, then the guarded update. Nothing in here waits for the device."""
-    cfg, state, device = run.cfg, run.state, run.state.ranks.device
+    cfg, state, layout, device = run.cfg, run.state, run.state.layout, run.state.ranks.device
     micro_steps = cfg.data.gradient_accumulation_steps // state.ranks.world_size
     lr = learning_rate(state.step, cfg.optim)
     logged = due(state.step + 1, cfg.log.log_interval) or state.step + 1 in (1, cfg.optim.max_iters)
     loss = torch.zeros((), device=device)
-    for x, y in run.loader.step():  # (B, T) each; micro-batches are equally long, so the mean of their means is the mean
+    for number, (x, y) in enumerate(run.loader.step(), 1):  # (B, T) each, equally long: the mean of their means is the mean
+        layout.begin(is_last=number == micro_steps)
         with autocast(device, run.dtype):
             micro_loss = run.forward(x, y) / micro_steps
         (micro_loss * state.loss_scale.scale).backward()
         loss += micro_loss.detach()
+    run.readback.mark()
     with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
-    result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments)
+    result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments, layout.gradients())
+    layout.finish()
     state.loss_scale.update(result.overflow)
     state.step, state.samples = state.step + 1, run.loader.position
-    tag = QueuedStep(state.step, lr, 1e3 * run.loader.wait_s, state.tokens, logged)
-    run.readback.push(tag, [loss, result.norm, result.overflow, *result.moments])
+    overdue = 0 < cfg.checkpoint.checkpoint_minutes <= (time.monotonic() - run.saved_s) / 60
+    table = state.ranks.table(loss[None], [run.stop.code, run.readback.own_ms, overdue])  # (ranks, 4)
+    figures = torch.cat([table.flatten(), torch.stack([result.norm, result.overflow, *result.moments])])
+    run.readback.push(QueuedStep(state.step, lr, 1e3 * run.loader.wait_s, state.tokens, logged), figures)
 
 
 @dataclass(frozen=True)
@@ -184,14 +179,18 @@ class QueuedStep:
 
 def report_steps(run: Run, keep: int) -> None:
     """Log the steps whose figures have arrived, all but the newest `keep`. Raises NonFiniteRun."""
-    state = run.state
-    for step, (loss, norm, overflow, *moments), time_ms in run.readback.pop(keep):
+    state, n = run.state, run.state.ranks.world_size
+    for step, figures, time_ms in run.readback.pop(keep):
+        losses, codes, own_ms, overdue = (figures[column : 4 * n : 4] for column in range(4))  # of each rank
+        loss, (norm, overflow, *moments) = sum(losses) / n, figures[4 * n :]
+        run.stop.hear(codes)
+        run.overdue = bool(overdue[0])
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if overflow else 0
         if overflow:
             state.skipped += 1
             run.log.event("skipped_step", step.iter, f"step {step.iter} skipped: its gradient is not finite", loss=loss)
         if state.skipped_in_a_row >= run.cfg.optim.max_skipped_steps:
-            raise NonFiniteRun(
+            raise startup.NonFiniteRun(
                 f"{state.skipped_in_a_row} steps in a row had no finite gradient, the last at step {step.iter}; weights and "
                 "checkpoints are those from before. Try a lower --learning_rate, or another --dtype than float16"
             )
@@ -199,7 +198,7 @@ def report_steps(run: Run, keep: int) -> None:
             run.log.step(
                 StepRecord(
                     step.iter, loss, step.lr, time_ms, step.data_wait_ms, step.tokens, norm,
-                    *(moments or (None, None)), *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped,
+                    *(moments or (None, None)), *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped, own_ms,
                 )
             )  # fmt: skip
 
@@ -240,12 +239,13 @@ def split_loss(run: Run, tokens: Any, iters: int) -> float | None:
     try:
         batches = evaluation_batches(tokens, cfg.model.block_size, cfg.data, iters, ranks.device, ranks.rank, ranks.world_size)
         for x, y in tqdm(batches, "evaluating", delay=2, leave=False, disable=None):  # on a terminal, where it takes longer
-            if run.stop:
+            if run.stop.ask():
                 return None
             with autocast(ranks.device, run.dtype):
                 total += torch.stack([run.forward(x, y, reduction="sum"), (y >= 0).sum()])
     finally:
         run.state.model.train()
+    ranks.sum_(total)
     return (total[0] / total[1]).item()
 
 
@@ -254,7 +254,7 @@ def draw_sample(run: Run, prompt: Prompt) -> None:
     state, cfg, device = run.state, run.cfg, run.state.ranks.device
     ids, generator = torch.tensor([prompt.ids], device=device), torch.Generator(device).manual_seed(cfg.run.seed)  # (1, T)
     options = SampleOptions(temperature=0.8, top_k=200, n_valid_ids=run.dataset.vocab_size)
-    with autocast(device, run.dtype):
+    with autocast(device, run.dtype), torch.compiler.set_stance("force_eager"):  # every length would be compiled
         text = generate(state.model, ids, cfg.eval.sample_tokens, options, generator)
     run.log.text(state.step, prompt.tokenizer.decode(text[0].tolist()))
     run.readback.restart_clock()
@@ -268,8 +268,7 @@ def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:
         tiers.append("best_model")
     if not cfg.always_save_checkpoint:  # but a `latest` that an earlier process left must not outlive a newer best_model
         return [*tiers, "latest"] if improved and (run.in_latest or at_end) else tiers
-    overdue = 0 < cfg.checkpoint_minutes <= (time.monotonic() - run.saved_s) / 60
-    if at_end or overdue or due(step, cfg.checkpoint_interval):
+    if at_end or run.overdue or due(step, cfg.checkpoint_interval):
         tiers.append("latest")
     if due(step, cfg.rolling_interval) and cfg.keep_rolling:
         tiers.append(f"rolling_step_{step}")
@@ -287,8 +286,8 @@ def save(run: Run, tiers: list[str]) -> None:
     report_steps(run, keep=0)  # the counters of skipped steps are in the checkpoint
     state = run.state
     if "latest" in tiers:
-        run.in_latest, run.saved_s = (state.step, state.evaluated_step), time.monotonic()
-    run.store.save(state.step, state.tensors(), state.to_json(run.cfg, run.dataset), tiers)
+        run.in_latest, run.saved_s, run.overdue = (state.step, state.evaluated_step), time.monotonic(), False
+    run.store.save(state.step, state.to_save(), state.to_json(run.cfg, run.dataset), tiers)
     run.readback.restart_clock()
 
 

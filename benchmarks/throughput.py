@@ -42,7 +42,7 @@ def nanotrain(cfg: Config, _: str) -> Step:
     device = torch.device("cuda", 0)
     ops = kernels.choose(vars(cfg.kernels), "cuda")[0]
     model = build_model(cfg.model, device, cfg.run.seed, ops)
-    optimizer, scale = build_optimizer(model, cfg.optim, ops.AdamW), LossScale(torch.bfloat16, device)
+    optimizer, scale = build_optimizer(model.parameters(), cfg.optim, ops.AdamW), LossScale(torch.bfloat16, device)
     forward = torch.compile(model)
 
     def step(idx: torch.Tensor, targets: torch.Tensor) -> None:

@@ -42,7 +42,7 @@ def bare_loop(argv: list[str]) -> list[float]:
     dtype = choose_dtype(cfg.run.dtype, device)
     ops = kernels.choose(vars(cfg.kernels), device.type)[0]
     model = build_model(cfg.model, device, cfg.run.seed, ops)
-    optimizer = build_optimizer(model, cfg.optim, ops.AdamW)
+    optimizer = build_optimizer(model.parameters(), cfg.optim, ops.AdamW)
     forward = torch.compile(model) if cfg.run.compile else model
     batch = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
     instants = []

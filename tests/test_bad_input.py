@@ -91,12 +91,12 @@ def test_a_malformed_config_file(runs: Runs) -> None:
     assert f"{path}:2: not a Python config file" in refused(runs, str(path))
 
 
-def test_several_processes(runs: Runs) -> None:
-    assert "--nproc_per_node=1" in refused(runs, prepare=claim_to_be_one_of_two)
+def test_ranks_that_cannot_meet(runs: Runs) -> None:
+    assert "start them with torchrun" in refused(runs, prepare=claim_to_be_one_of_two)
 
 
 def claim_to_be_one_of_two() -> None:
-    os.environ["WORLD_SIZE"] = "2"
+    os.environ["WORLD_SIZE"] = "2"  # and no address, as torchrun would give it
 
 
 def test_an_evaluation_of_nothing(runs: Runs) -> None:

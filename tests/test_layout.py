@@ -18,17 +18,18 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
-    "train": "startup checkpoint configurator data flops model optim parallel precision training_logger",
-    "startup": "checkpoint configurator data flops kernels model optim parallel precision training_logger",
+    "train": "startup checkpoint configurator data flops model optim parallel precision sharding training_logger",
+    "startup": "checkpoint configurator data flops kernels model optim parallel precision sharding training_logger",
     "hellaswag": "checkpoint configurator data hf_convert model parallel precision",
     "sample": "checkpoint configurator data hf_convert model parallel precision",
     "hf_convert": "checkpoint configurator data flops model visualize_training",
     "checkpoint": "checkpoint_files configurator parallel",
-    "checkpoint_files": "configurator",
+    "checkpoint_files": "configurator parallel",
     "training_logger": "configurator run_file",
     "run_file": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
+    "sharding": "configurator optim parallel",
     "parallel": "configurator",
     "optim": "configurator",
     "flops": "configurator",
@@ -41,7 +42,7 @@ MAY_IMPORT = {
 }
 # Packages that one place owns. The tests may import all of them.
 OWNERS = {
-    "torch.distributed": ("parallel", "checkpoint", "checkpoint_files"),
+    "torch.distributed": ("parallel", "sharding", "checkpoint", "checkpoint_files"),
     "triton": ("kernels",),
     "transformer_engine": ("precision",),
     "transformers": ("hf_convert", "data", "benchmarks"),  # a benchmark runs it as a peer

@@ -56,6 +56,11 @@ class Net(nn.Module):
         self.vector = nn.Parameter(torch.randn(7, generator=generator))
 
 
+def moving(net: Net, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    parameters = dict(net.named_parameters())
+    return parameters | optimizer_tensors(parameters, optimizer)
+
+
 def set_gradients(net: Net, factor: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(2)
     for p in net.parameters():
@@ -66,7 +71,7 @@ def set_gradients(net: Net, factor: float = 1.0) -> None:
 @pytest.mark.parametrize("grad_clip", [0.0, 0.5, 1e3])
 def test_update_is_adamw_with_clipping(scale, grad_clip):
     cfg, net, reference = config(grad_clip=grad_clip), Net(), Net()
-    optimizer = build_optimizer(net, cfg, AdamW)
+    optimizer = build_optimizer(net.parameters(), cfg, AdamW)
     groups = [{"params": [reference.matrix], "weight_decay": 0.1}, {"params": [reference.vector], "weight_decay": 0.0}]
     textbook = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
     for step in range(3):
@@ -87,14 +92,14 @@ def test_update_is_adamw_with_clipping(scale, grad_clip):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     cfg, net = config(), Net()
-    optimizer = build_optimizer(net, cfg, AdamW)
+    optimizer = build_optimizer(net.parameters(), cfg, AdamW)
     set_gradients(net)
     update(optimizer, cfg, 1e-3, ONE, with_moments=False)
-    before = {name: t.clone() for name, t in (dict(net.named_parameters()) | optimizer_tensors(net, optimizer)).items()}
+    before = {name: t.clone() for name, t in moving(net, optimizer).items()}
     set_gradients(net)
     net.vector.grad[3] = bad
     assert update(optimizer, cfg, 1e-3, ONE, with_moments=False).overflow == 1
-    after = dict(net.named_parameters()) | optimizer_tensors(net, optimizer)
+    after = moving(net, optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)
     set_gradients(net)
     assert update(optimizer, cfg, 1e-3, ONE, with_moments=False).overflow == 0
@@ -103,9 +108,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 
 def test_vectors_do_not_decay_and_the_report_says_so():
     net = Net()
-    optimizer = build_optimizer(net, config(weight_decay=0.3), AdamW)
+    optimizer = build_optimizer(net.parameters(), config(weight_decay=0.3), AdamW)
     assert [(g["weight_decay"], [p.dim() for p in g["params"]]) for g in optimizer.param_groups] == [(0.3, [2]), (0.0, [1])]
-    assert describe_groups(optimizer) == [
+    assert describe_groups(net, config(weight_decay=0.3)) == [
         "num decayed parameter tensors: 1, with 35 parameters",
         "num non-decayed parameter tensors: 1, with 7 parameters",
     ]
@@ -114,4 +119,4 @@ def test_vectors_do_not_decay_and_the_report_says_so():
 def test_state_is_there_before_the_first_step():
     net = Net()
     names = {f"optim.{p}.{key}" for p in ("matrix", "vector") for key in ("step", "exp_avg", "exp_avg_sq")}
-    assert set(optimizer_tensors(net, build_optimizer(net, config(), AdamW))) == names
+    assert set(optimizer_tensors(dict(net.named_parameters()), build_optimizer(net.parameters(), config(), AdamW))) == names

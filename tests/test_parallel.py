@@ -8,16 +8,11 @@ import signal
 import pytest
 import torch
 
-from configurator import RunConfig, UserError
-from parallel import ReadBack, StopRequest, choose_device, random_state, set_random_state, start_ranks
+from configurator import UserError
+from parallel import Ranks, ReadBack, StopRequest, choose_device, random_state, set_random_state
 
 CPU = torch.device("cpu")
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="nproc_per_node=1"):
-        start_ranks(RunConfig(device="cpu"))
+ALONE = Ranks(0, 1, CPU)
 
 
 @pytest.fixture(autouse=True)
@@ -45,16 +40,15 @@ def test_random_state_comes_back_bitwise():
 
 def test_read_back_returns_steps_in_order():
     read = ReadBack(CPU)
-    read.restart_clock()
     for step in range(3):
-        read.push(step, [torch.tensor(float(step)), torch.tensor(10.0 * step)])
+        read.push(step, torch.tensor([step, 10.0 * step]))
     assert [(tag, figures) for tag, figures, ms in read.pop(keep=1)] == [(0, [0.0, 0.0]), (1, [1.0, 10.0])]
     assert [tag for tag, _, ms in read.pop(keep=0) if ms >= 0] == [2]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 0), (signal.SIGUSR1, 0)])
 def test_a_signal_asks_for_a_stop(number, code):
-    stop = StopRequest(max_hours=None)
+    stop = StopRequest(None, ALONE)
     assert not stop
     os.kill(os.getpid(), number)
     assert stop and stop.exit_code == code and stop.reason == signal.Signals(number).name
@@ -67,7 +61,7 @@ def test_a_signal_is_heard_when_nobody_reads_stderr():
     stderr = os.dup(2)
     os.dup2(write_end, 2)
     try:
-        stop = StopRequest(max_hours=None)
+        stop = StopRequest(None, ALONE)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.reason == "SIGINT"
     finally:
@@ -77,4 +71,4 @@ def test_a_signal_is_heard_when_nobody_reads_stderr():
 
 
 def test_max_hours_stops():
-    assert StopRequest(max_hours=1e-9).reason.startswith("max_hours") and not StopRequest(max_hours=1.0)
+    assert StopRequest(1e-9, ALONE).reason.startswith("max_hours") and not StopRequest(1.0, ALONE)

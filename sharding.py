@@ -1,0 +1,253 @@
+"""How parameters, gradients and AdamW's state lie on the ranks: a `Layout` for one process, and one each for ddp, zero1, fsdp.
+
+             parameters   gradients   AdamW's state
+    ddp      all          all         all
+    zero1    all          all         own rows         (Rajbhandari et al. 2020, ZeRO stage 1)
+    fsdp     own rows     own rows    own rows         (PyTorch's fully_shard; between the steps)
+
+Of a tensor with R rows rank r of N owns rows [r c, (r + 1) c) with c = ceil(R / N), as torch.chunk cuts it. Everything else
+follows from `Part`: the optimizer works on the parts alone, and a checkpoint is made of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from configurator import ParallelConfig
+from optim import Gradients
+from parallel import Ranks
+
+if hasattr(dist, "all_gather_single"):
+    from torch.distributed import all_gather_single
+else:  # its name before torch 2.13
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank updates of a parameter: `rows`, a plain tensor that shares the parameter's memory."""
+
+    parameter: nn.Parameter
+    rows: Tensor
+    first_row: int  # of the whole parameter
+    copies: int  # ranks that hold these same rows
+
+
+def own_rows(n_rows: int, share: int, n_shares: int) -> tuple[int, int]:
+    """First row and the one behind the last of share number `share`; a late share of a few rows may be empty."""
+    size = -(-n_rows // n_shares)
+    return min(share * size, n_rows), min((share + 1) * size, n_rows)
+
+
+def put_rows(parameter: Tensor, values: Tensor) -> None:
+    """Gives a parameter its values, (whole shape); one that is sharded keeps its own rows of them."""
+    if isinstance(parameter, DTensor):
+        rows, first = parameter.to_local(), first_row_of(parameter)
+        rows.copy_(values[first : first + len(rows)])
+    else:
+        parameter.copy_(values)
+
+
+def first_row_of(parameter: DTensor) -> int:
+    mesh = parameter.device_mesh  # over all ranks, or (replicas, ranks of a node)
+    return own_rows(parameter.shape[0], mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))[0]
+
+
+class Layout:
+    """One process: the parameters are whole, and nothing is exchanged."""
+
+    name = "one process"
+
+    def __init__(self, ranks: Ranks, cfg: ParallelConfig, dtype: torch.dtype) -> None:
+        self.ranks, self.cfg, self.dtype = ranks, cfg, dtype
+        self.parts: dict[str, Part] = {}
+
+    def shard(self, model: nn.Module) -> None:
+        """Before the model, which is on the meta device, has storage."""
+
+    def attach(self, model: nn.Module) -> None:
+        """When the model has its values: sets `parts`."""
+        self.model = model
+        self.parts = {name: self.part_of(p) for name, p in model.named_parameters()}
+        self.n_elements = sum(p.numel() for p in model.parameters())
+
+    def part_of(self, parameter: nn.Parameter) -> Part:
+        return Part(parameter, parameter, 0, self.ranks.world_size)
+
+    def begin(self, is_last: bool) -> None:
+        """Before the forward pass of a micro-step; gradients are exchanged in the backward pass of the last one."""
+
+    def gradients(self) -> Gradients:
+        """After the last backward pass: the gradient averaged over the ranks. Every part's rows then have their `.grad`."""
+        return Gradients([part.rows.grad for part in self.parts.values()], self.n_elements)
+
+    def finish(self) -> None:
+        """After the update, which has dropped the gradients of the parts."""
+
+    def settle(self) -> None:
+        """Returns when this rank may read its parameters."""
+
+    def marker_lines(self) -> list[str]:
+        """What the start report says of it, for tools to find."""
+        return []
+
+
+class DataParallel(Layout):
+    """ddp: a gradient is averaged over the ranks while the backward pass goes on with the next.
+
+    PyTorch's DistributedDataParallel does the same with a second copy of the gradients, in buckets.
+    """
+
+    name = "ddp"
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        self._exchange, self._works = False, []
+        self._can_average = self.ranks.device.type == "cuda"  # NCCL divides on its way, gloo does not
+        for part in self.parts.values():
+            part.parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def begin(self, is_last: bool) -> None:
+        self._exchange = is_last
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if self._exchange:
+            op = dist.ReduceOp.AVG if self._can_average else dist.ReduceOp.SUM
+            self._works.append(dist.all_reduce(parameter.grad, op, async_op=True))
+
+    def gradients(self) -> Gradients:
+        for work in self._works:
+            work.wait()  # on a GPU only the stream waits
+        self._works.clear()
+        whole = [part.parameter.grad for part in self.parts.values()]
+        if not self._can_average:
+            torch._foreach_div_(whole, self.ranks.world_size)
+        return Gradients(whole, self.n_elements)
+
+
+class Zero1(DataParallel):
+    """zero1: every rank updates its own rows of the matrices and gathers the others' while the next forward pass begins.
+
+    Vectors (norms, biases), a ten-thousandth of the elements, are updated by all. Gradients, their norm and so every weight
+    are bitwise ddp's.
+    """
+
+    name = "zero1"
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        self._gathers: dict[nn.Module, list[Any]] = {}  # by the module that reads the parameters: what is under way to them
+        units = model.shard_units()
+        for unit in (model, *units):
+            unit.register_forward_pre_hook(lambda module, args: self._wait_for(module))
+        unit_of = {p: unit for unit in units for p in unit.parameters()}
+        sharded = [part for part in self.parts.values() if part.rows is not part.parameter]
+        readers = [(unit_of.get(part.parameter, model), part) for part in sharded]
+        # In the order in which the forward pass waits for them: first what is in no unit.
+        self._sharded = sorted(readers, key=lambda pair: pair[0] is not model)
+
+    def marker_lines(self) -> list[str]:
+        return ["Using ZeRO-1 optimizer state sharding"]
+
+    def part_of(self, parameter: nn.Parameter) -> Part:
+        if parameter.ndim < 2:
+            return super().part_of(parameter)
+        first, end = own_rows(len(parameter), self.ranks.rank, self.ranks.world_size)
+        return Part(parameter, parameter.detach()[first:end], first, 1)
+
+    def gradients(self) -> Gradients:
+        gradients = super().gradients()
+        for _, part in self._sharded:
+            if len(part.rows):  # AdamW passes over what has no gradient
+                part.rows.grad = part.parameter.grad[part.first_row : part.first_row + len(part.rows)]
+        return gradients
+
+    def finish(self) -> None:
+        for reader, part in self._sharded:
+            part.parameter.grad = None
+            self._gathers.setdefault(reader, []).extend(self._gather(part))
+
+    def _gather(self, part: Part) -> list[Any]:
+        """Starts bringing everybody's rows here."""
+        whole, n = part.parameter.detach(), self.ranks.world_size
+        if len(whole) % n == 0:
+            return [all_gather_single(whole.view(-1), part.rows.reshape(-1), async_op=True)]
+        spans = [own_rows(len(whole), rank, n) for rank in range(n)]
+        return [dist.broadcast(whole[a:b], rank, async_op=True) for rank, (a, b) in enumerate(spans) if a < b]
+
+    def _wait_for(self, reader: nn.Module) -> None:
+        for work in self._gathers.pop(reader, []):
+            work.wait()
+
+    def settle(self) -> None:
+        for reader in list(self._gathers):
+            self._wait_for(reader)
+
+
+class FullyShard(Layout):
+    """fsdp: a block's parameters are gathered, in the dtype of the arithmetic, just before they are needed."""
+
+    name = "fsdp"
+
+    def marker_lines(self) -> list[str]:
+        both = ["fsdp contains zero1: --use_zero1 adds nothing to it"] if self.cfg.use_zero1 else []
+        least, precision = self.cfg.fsdp_min_num_params, str(self.dtype).removeprefix("torch.")
+        enabled = f"FSDP enabled with min_params={least:,}, mixed_precision={precision}"
+        return [*both, "Wrapping model with FSDP...", enabled]
+
+    def shard(self, model: nn.Module) -> None:
+        n, size = self.ranks.world_size, self.cfg.hsdp_shard_size or self.ranks.world_size
+        device = self.ranks.device.type
+        if size < n:  # the ranks of a node share a copy; copies are averaged
+            mesh = init_device_mesh(device, (n // size, size), mesh_dim_names=("copy", "shard"))
+        else:
+            mesh = init_device_mesh(device, (n,))
+        # Positions and rotary tables come in as they are: rounding them to the parameters' dtype would move the model.
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if self.dtype != torch.float32:
+            policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        knobs = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": self.cfg.fsdp_reshard_after_forward}
+        for unit in model.shard_units():
+            if sum(p.numel() for p in unit.parameters()) >= self.cfg.fsdp_min_num_params:
+                fully_shard(unit, **knobs)
+        fully_shard(model, **knobs)
+        self._sharing = mesh.get_group(mesh.ndim - 1)
+
+    def attach(self, model: nn.Module) -> None:
+        model.unshard()  # fully_shard moves uneven shards to padded memory when the model is first used
+        model.reshard()
+        super().attach(model)
+
+    def part_of(self, parameter: nn.Parameter) -> Part:
+        assert isinstance(parameter, DTensor), "fully_shard leaves no parameter out"
+        copies = parameter.device_mesh.size() // parameter.device_mesh.size(parameter.device_mesh.ndim - 1)
+        return Part(parameter, parameter.detach().to_local(), first_row_of(parameter), copies)
+
+    def begin(self, is_last: bool) -> None:
+        self.model.set_requires_gradient_sync(is_last or not self.cfg.fsdp_accumulate_whole)
+        self.model.set_is_last_backward(is_last)
+
+    def gradients(self) -> Gradients:
+        parts = [part for part in self.parts.values() if len(part.rows)]  # AdamW passes over what has no gradient
+        for part in parts:
+            part.rows.grad = part.parameter.grad.to_local()
+        return Gradients([part.rows.grad for part in parts], self.n_elements, self._total)
+
+    def _total(self, figure: Tensor) -> Tensor:
+        dist.all_reduce(figure, group=self._sharing)
+        return figure
+
+    def finish(self) -> None:
+        for part in self.parts.values():
+            part.parameter.grad = None
+
+
+LAYOUTS = {layout.name: layout for layout in (DataParallel, Zero1, FullyShard)}
