@@ -40,7 +40,7 @@ class UserError(ValueError):
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared"]
 Kernel = Literal["auto", "triton", "torch"]
-InitFrom = Literal["scratch", "resume", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+GPT2_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's, by their names on the Hugging Face hub
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -146,14 +146,23 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    init_from: InitFrom = "scratch"  # scratch, resume, or a pretrained GPT-2 (not in this version)
-    resume: str = ""  # latest, best, a tier's name or a checkpoint's folder; implies init_from=resume
+    init_from: str = "scratch"  # scratch, resume, or weights: gpt2 ... gpt2-xl, a hub name, a folder, an out_dir, a ckpt.pt
+    resume: str = ""  # latest, best, a tier's name or a checkpoint's folder; goes before init_from where it finds one
     always_save_checkpoint: bool = True  # false: only best_model, and latest at the end or at a signal
     checkpoint_interval: int = 250  # steps between writes of `latest`; 0 counts minutes only
     checkpoint_minutes: float = 10.0  # minutes between writes of `latest`, whichever comes first; 0 counts steps only
     rolling_interval: int = 1000  # steps between rolling_step_N checkpoints; 0 makes none
     keep_rolling: int = 3  # how many of them stay
     keep_epochs: int = 3  # how many epoch_N checkpoints stay, each checkpoint_interval steps or more apart; 0 makes none
+
+    @property
+    def resumes(self) -> bool:
+        return bool(self.resume) or self.init_from == "resume"
+
+    @property
+    def pretrained(self) -> str:
+        """Whose weights a run starts from; empty where it starts from none."""
+        return "" if self.init_from in ("scratch", "resume") else self.init_from
 
 
 @dataclass(frozen=True)
@@ -202,17 +211,21 @@ class SampleConfig:
     """The knobs of sample.py, which is a command of its own."""
 
     out_dir: str = "out"  # of the run whose checkpoint is read
+    init_from: str = "resume"  # resume: out_dir's; or weights as train.py takes them: gpt2 ... gpt2-xl, a folder, a ckpt.pt
     checkpoint: str = "best"  # best (the latest where none is marked best), latest, a tier's name or a checkpoint's folder
     data_dir: str = ""  # the folder that holds the run's dataset, for its tokenizer; empty takes the run's own data_dir
     start: str = "\n"  # the text to continue, or FILE:path of a file that holds it
-    num_samples: int = 3  # continuations, drawn together as one batch
+    prompt_file: str = ""  # a file of texts to continue, one a line, in place of start
+    num_samples: int = 3  # continuations of each text, drawn together as one batch
     max_new_tokens: int = 200  # length of each
+    stop: str = ""  # end a continuation before this text
     temperature: float = 0.8  # below 1 safer, above 1 wilder; 0 always takes the most likely token
     top_k: int = 200  # draw among the k most likely tokens; 0 among all
     top_p: float = 1.0  # draw among the fewest tokens whose probabilities reach top_p
     seed: int = 1337  # of the draws
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    dtype: DType = "auto"  # of the arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
+    dtype: DType = "auto"  # of weights and arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
+    compile: bool = False  # torch.compile the pass of one token: half a minute that long texts get back
 
 
 @dataclass(frozen=True)
@@ -292,7 +305,7 @@ def load_config(argv: Sequence[str]) -> Config:
     """
     given = read_knobs(argv, SECTIONS)
     sections = {name: section_from(cls, given.values) for name, cls in SECTIONS.items()}
-    if given.values.get("resume"):  # resume=latest is an order to resume
+    if sections["checkpoint"].resume and not sections["checkpoint"].pretrained:  # resume=latest is an order to resume
         sections["checkpoint"] = dataclasses.replace(sections["checkpoint"], init_from="resume")
     cfg = Config(**sections, origins=given.origins)
     given.check(impossible(cfg.values()) or impossible_combinations(cfg))
@@ -530,6 +543,11 @@ def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         *failing(FRACTIONS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
         *failing(["seed"], lambda v: v < 2**63, "must be below 2**63"),
         *failing(["wsd_decay_fraction", "top_p"], lambda v: 0 < v <= 1, "must be in (0, 1]"),
+        *failing(
+            ["init_from"],
+            lambda v: v in ("scratch", "resume", *GPT2_MODELS) or re.fullmatch(r"[\w.-]+/[\w.-]+", v) or (v and Path(v).exists()),
+            f"is not scratch, resume, {', '.join(GPT2_MODELS)}, a file or folder that is there, or a hub name such as org/model",
+        ),
         *failing(["device"], lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v), "is not one of auto, cpu, cuda, cuda:N"),
         *failing(
             ["run_name"],

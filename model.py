@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from configurator import ModelConfig, UserError
+from configurator import ModelConfig
 from kernels import REFERENCE, Operations
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, D/2) each
@@ -65,34 +64,56 @@ class Norm(nn.Module):
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, K, block_size, D) each, of which the first `length` positions are filled."""
+    """Keys and values of one layer, (B, K, S, D) each; zeros where no token is yet, because a mask does not hide NaN."""
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.length = 0
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
         self.keys = self.values = torch.empty(0)  # allocated by the first append, which knows shape, dtype and device
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, K, T, D) behind what is there; returns all keys and values, (B, K, S, D) each."""
-        if self.length == 0:
-            shape = (*k.shape[:2], self.block_size, k.shape[3])
-            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
-        end = self.length + k.shape[2]
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores k and v (B, K, T, D) behind what is there: (all keys, all values, who sees whom as `KVCache.mask`).
+
+        Several tokens that come first get back what they brought, and no mask: among themselves they are plainly causal.
+        """
+        if self.keys.numel() == 0:
+            shape = (*k.shape[:2], self.cache.capacity, k.shape[3])
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        self.keys.index_copy_(2, self.cache.places, k)
+        self.values.index_copy_(2, self.cache.places, v)
+        if self.cache.length == 0 and k.shape[2] > 1:
+            return k, v, None
+        return self.keys, self.values, self.cache.mask
 
 
 class KVCache:
-    """What generation remembers: every layer's keys and values, so that a new token costs one position, not all of them."""
+    """What generation remembers: every layer's keys and values, so that a new token costs one position, not all of them.
 
-    def __init__(self, cfg: ModelConfig) -> None:
-        self.layers = [LayerCache(cfg.block_size) for _ in range(cfg.n_layer)]
+    All shapes stay the same from token to token, and where the next one goes is known to the device alone: so the pass of one
+    token can be a CUDA graph. `length`, the host's count of tokens, is what whoever replays one has to move on.
+    """
 
-    @property
-    def length(self) -> int:
-        return self.layers[0].length
+    def __init__(self, cfg: ModelConfig, capacity: int = 0) -> None:
+        """For `capacity` tokens; 0 takes block_size."""
+        self.capacity, self.length = capacity or cfg.block_size, 0
+        self.layers = [LayerCache(self) for _ in range(cfg.n_layer)]
+        self._next_place = torch.empty(0, dtype=torch.int64)  # on the model's device once it is known
+
+    def begin(self, n_tokens: int, device: torch.device) -> None:
+        """Before a pass over so many new tokens: sets their `places` (T,), and `mask` (T, S), the places that each one sees."""
+        if self._next_place.numel() == 0:
+            self._next_place = torch.zeros(1, dtype=torch.int64, device=device)
+        self.places = self._next_place + torch.arange(n_tokens, device=device)
+        self.mask = torch.arange(self.capacity, device=device) <= self.places[:, None]
+
+    def end(self, n_tokens: int) -> None:
+        """After the pass."""
+        self._next_place.add_(n_tokens)
+        self.length += n_tokens
+
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        self._next_place.zero_()
+        self.length = 0
 
 
 class Attention(nn.Module):
@@ -121,12 +142,16 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, K, T, D), (B, K, T, D)
         mask = None
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, K, S, D) each
-            S = k.shape[2]
-            if 1 < T < S:  # is_causal aligns the first query with the first key, wrong where the cache holds earlier ones
-                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)  # (T, S)
-        dropout, causal, gqa = self.dropout if self.training else 0.0, mask is None and T > 1, self.kv_heads < self.heads
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=gqa)  # (B, H, T, D)
+            k, v, mask = cache.append(k, v)  # (B, K, S, D) each, (T, S)
+        if T == 1:  # the queries that share a key see the same keys: they may stand where time stood
+            q = q.reshape(B, self.kv_heads, -1, self.head_dim)  # (B, K, H/K, D)
+        dropout, causal, gqa = (
+            self.dropout if self.training else 0.0,
+            mask is None and T > 1,
+            T > 1 and self.kv_heads < self.heads,
+        )
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=gqa)  # as q
+        y = y.reshape(B, self.heads, T, self.head_dim)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
@@ -203,12 +228,17 @@ class Transformer(nn.Module):
         """
         start = 0 if cache is None else cache.length
         end = start + idx.shape[1]
-        if end > self.cfg.block_size:
-            raise ValueError(f"{end} tokens do not fit into a context of block_size={self.cfg.block_size}")
+        room = self.cfg.block_size if cache is None else min(self.cfg.block_size, cache.capacity)
+        if end > room:
+            raise ValueError(f"{end} tokens do not fit into a context of {room} (block_size={self.cfg.block_size})")
+        where: slice | Tensor = slice(start, end)
+        if cache is not None:
+            cache.begin(idx.shape[1], idx.device)
+            where = cache.places
         x = self.token_embedding(idx)  # (B, T, C)
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[start:end]
-        rope = (self.rope_cos[start:end], self.rope_sin[start:end]) if self.cfg.position_encoding == "rope" else None
+            x = x + self.position_embedding.weight[where]
+        rope = (self.rope_cos[where], self.rope_sin[where]) if self.cfg.position_encoding == "rope" else None
         if autocast_to_bfloat16(x.device.type):
             x = x.bfloat16()  # the residual stream too: half the bytes; float16 has not the range for it
         x = self.dropout(x)
@@ -219,6 +249,8 @@ class Transformer(nn.Module):
                 x, branch = checkpoint(block, x, branch, rope, use_reentrant=False)
             else:
                 x, branch = block(x, branch, rope, None if cache is None else cache.layers[i])
+        if cache is not None:
+            cache.end(idx.shape[1])
         if last_only:
             x, branch = x[:, -1:], None if branch is None else branch[:, -1:]
         return self.read_out(x, branch, targets, reduction)
@@ -261,6 +293,10 @@ class Transformer(nn.Module):
                 # 2 n_layer branches add up in the residual stream: 1/sqrt of that keeps its variance (GPT-2 paper, section 2.3).
                 std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith(".out.weight") else 0.02
                 put(parameter, torch.empty(parameter.shape, device=parameter.device).normal_(0.0, std, generator=generator))
+        self.fill_rope_tables()
+
+    def fill_rope_tables(self) -> None:
+        """What a model from the meta device lacks beside its parameters."""
         if self.cfg.position_encoding == "rope":
             cos, sin = self._rope_tables(self.rope_cos.device)
             self.rope_cos.copy_(cos)
@@ -288,75 +324,3 @@ def build_model(
     shard(model)
     model.to_empty(device=device).init_weights(seed, put)
     return model
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """How the next token is drawn from the logits."""
-
-    temperature: float = 1.0  # divides the logits; 0 takes the most likely token
-    top_k: int = 0  # draw among the k most likely; 0 among all
-    top_p: float = 1.0  # draw among the fewest most likely tokens whose probabilities reach top_p together
-    n_valid_ids: int = 0  # ids from here on only pad the vocabulary and are never drawn; 0 means that all are real
-    stop_id: int | None = None  # a row that has drawn it repeats it; generation ends when every row has
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, not {self}")
-
-
-def next_token(logits: Tensor, options: SampleOptions, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one id a row: logits (B, V) -> (B, 1) int64. Temperature first, then top_k, then top_p."""
-    logits = logits.float()
-    if options.n_valid_ids:
-        logits = logits[:, : options.n_valid_ids]
-    if options.temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / options.temperature
-    if 0 < options.top_k < logits.shape[-1]:
-        kth = logits.topk(options.top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = logits.softmax(dim=-1)  # (B, V)
-    if options.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered  # probability of everything more likely; 0 for the first, which always stays
-        probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered.masked_fill(before >= options.top_p, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)
-
-
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    idx: Tensor,
-    max_new_tokens: int,
-    options: SampleOptions = SampleOptions(),
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue every row of idx: (B, T) int64, T >= 1 -> (B, T + up to max_new_tokens).
-
-    Up to block_size tokens go through a cache. Beyond that each new token is predicted from the last block_size tokens alone,
-    at positions 0 ... block_size - 1, computed afresh as nanoGPT does: right for every position encoding, a full pass a token.
-    """
-    if idx.shape[1] == 0:
-        raise UserError("generation needs at least one token to continue: give it a longer start")
-    block_size = model.cfg.block_size
-    was_training = model.training
-    model.eval()
-    cache = KVCache(model.cfg)
-    done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
-    try:
-        for _ in range(max_new_tokens):
-            if idx.shape[1] <= block_size:
-                logits = model(idx[:, cache.length :], cache=cache, last_only=True)
-            else:
-                logits = model(idx[:, -block_size:], last_only=True)  # (B, 1, V)
-            token = next_token(logits[:, -1], options, generator)  # (B, 1)
-            if options.stop_id is not None:
-                token = token.masked_fill(done, options.stop_id)
-                done = token == options.stop_id
-            idx = torch.cat((idx, token), dim=1)
-            if options.stop_id is not None and done.all():
-                break
-    finally:
-        model.train(was_training)
-    return idx

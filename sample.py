@@ -4,96 +4,142 @@ from __future__ import annotations
 
 import sys
 
-from configurator import DataConfig, ModelConfig, SampleConfig, UserError, answer_early, load_section, run_command, section_from
+from configurator import KernelConfig, SampleConfig, UserError, answer_early, load_section, run_command
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
     answer_early(lambda argv: load_section(argv, SampleConfig))
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from checkpoint import FOLDER, Checkpoint, find_checkpoint, tiers_in
-from data.tokenizer import load_tokenizer
-from data.tokens import Dataset, Manifest, dataset_folder
-from model import SampleOptions, Transformer, build_model, generate
-from parallel import choose_device
-from precision import autocast, choose_dtype
+import kernels
+from data.tokenizer import Tokenizer
+from generation import Decoder, SampleOptions, draw_tokens
+from model import Transformer
+from parallel import ReadBack, choose_device
+from precision import choose_dtype
+from pretrained import load_model, open_pretrained
+
+SEPARATOR = f"\n{'-' * 15}\n"
+HALF_A_CHARACTER = "\ufffd"  # what a decoder makes of bytes that are not a whole one yet
 
 
 def main(argv: list[str]) -> int:
     cfg = load_section(argv, SampleConfig)
-    checkpoint = open_checkpoint(cfg)
-    device = choose_device(cfg.device)
-    dtype = choose_dtype(cfg.dtype, device)
-    dataset = vocabulary_of(checkpoint, cfg.data_dir)
-    tokenizer = load_tokenizer(dataset)
-    if checkpoint.state["data"].get("tokenizer_hash") not in (None, tokenizer.hash):
-        raise UserError(
-            f"the tokenizer in {dataset.folder} is not the one that {checkpoint.path} was trained with: prepare that again"
-        )
-    prompt = tokenizer.encode(text_to_continue(cfg.start))
-    if not prompt:
+    device, texts = choose_device(cfg.device), texts_to_continue(cfg)
+    if cfg.compile and device.type != "cuda":
+        raise UserError("--compile: sampling is compiled on a GPU only; leave it out")
+    source = open_pretrained(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from, cfg.checkpoint, cfg.data_dir)
+    tokenizer = source.load_tokenizer()
+    prompts = [tokenizer.encode(text) for text in texts]
+    if not all(prompts):
         raise UserError("--start: needs at least one character to continue")
-    model = load_model(checkpoint, device)
-    idx = torch.tensor([prompt], device=device).expand(cfg.num_samples, -1)  # (B, T)
-    options = SampleOptions(cfg.temperature, cfg.top_k, cfg.top_p, n_valid_ids=dataset.vocab_size)
-    t0_s = time.perf_counter()
-    with autocast(device, dtype):
-        rows = generate(model, idx, cfg.max_new_tokens, options, torch.Generator(device).manual_seed(cfg.seed)).tolist()
-    elapsed_s = time.perf_counter() - t0_s
-    for row in rows:
-        print(tokenizer.decode(row), end=f"\n{'-' * 15}\n")
-    drawn = len(rows) * (len(rows[0]) - len(prompt))
-    print(f"{checkpoint.path}, step {checkpoint.iter}: {drawn} tokens, {drawn / elapsed_s:,.0f} tokens/s", file=sys.stderr)
+    ops, _ = kernels.choose(vars(KernelConfig()), device.type)
+    model = load_model(source, device, choose_dtype(cfg.dtype, device), ops)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    n_drawn, elapsed_s = 0, 0.0
+    for text, ids in zip(texts, prompts, strict=True):
+        print(text, end="", flush=True)
+        rows = [Continuation(tokenizer, ids, cfg.stop) for _ in range(cfg.num_samples)]
+        more_s = continue_text(model, rows, cfg, generator)
+        n_drawn, elapsed_s = n_drawn + sum(len(row.ids) - len(ids) for row in rows), elapsed_s + more_s
+        print(end=SEPARATOR)
+        for row in rows[1:]:
+            print(text + row.text, end=SEPARATOR)
+    print(f"{source.name}: {n_drawn} tokens, {n_drawn / elapsed_s:,.0f} tokens/s", file=sys.stderr)
     return 0
 
 
-def open_checkpoint(cfg: SampleConfig) -> Checkpoint:
-    """The checkpoint asked for; without a best one, which needs an evaluation, the latest. Raises UserError."""
-
-    def warn(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    which = cfg.checkpoint
-    if which == "best" and "best_model" not in tiers_in(Path(cfg.out_dir) / FOLDER):
-        which = "latest"
-    checkpoint = find_checkpoint(cfg.out_dir, which, warn)
-    if checkpoint is None:
-        raise UserError(f"{cfg.out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
-    return checkpoint
-
-
-def vocabulary_of(checkpoint: Checkpoint, data_dir: str) -> Dataset:
-    """The dataset of the checkpoint's run without its tokens, which need not be on this machine."""
-    data = section_from(DataConfig, checkpoint.state["config"]["values"])
-    folder = dataset_folder(replace(data, data_dir=data_dir or data.data_dir))
-    manifest = Manifest.read(folder / "manifest.json") if (folder / "manifest.json").exists() else None
-    no_tokens = np.empty(0, np.uint16)
-    return Dataset(data.dataset, folder, no_tokens, no_tokens, checkpoint.state["data"]["vocab_size"], manifest)
-
-
-def text_to_continue(start: str) -> str:
-    """`start`, or what is in the file of `FILE:path`, as in nanoGPT. Raises UserError."""
-    if not start.startswith("FILE:"):
-        return start
+def texts_to_continue(cfg: SampleConfig) -> list[str]:
+    """The lines of `prompt_file`; else `start`, or as in nanoGPT what is in the file of `FILE:path`. Raises UserError."""
+    if not cfg.prompt_file and not cfg.start.startswith("FILE:"):
+        return [cfg.start]
+    flag = f"--prompt_file={cfg.prompt_file}" if cfg.prompt_file else f"--start={cfg.start}"
     try:
-        return Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+        text = Path(cfg.prompt_file or cfg.start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--start={start}: cannot read the file: {error}") from None
+        raise UserError(f"{flag}: cannot read the file: {error}") from None
+    texts = [line for line in text.splitlines() if line] if cfg.prompt_file else [text]
+    if not texts:
+        raise UserError(f"{flag}: the file has no line of text")
+    return texts
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> Transformer:
-    """The checkpoint's model, in evaluation mode."""
-    model = build_model(section_from(ModelConfig, checkpoint.state["config"]["values"]), device, seed=0)
-    weights = checkpoint.read_tensors([f"model.{name}" for name, _ in model.named_parameters()])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[f"model.{name}"])
-    return model.eval()
+class Continuation:
+    """The text of one row while its tokens arrive."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: str) -> None:
+        self.text = ""  # without the prompt; it ends before `stop`
+        self.is_done = False  # `stop` has come
+        self.ids = list(prompt)
+        self.vocab_size = tokenizer.vocab_size  # ids from here on are never drawn
+        self._tokenizer, self._stop = tokenizer, stop
+        self._from, self._to = 0, len(prompt)  # what was decoded last: the next tokens are decoded behind it, as in their text
+        self._shown = 0  # characters of `text` that are out
+
+    def push(self, id: int) -> str:
+        """Takes the next token; the text that is certain by it: no half character, nothing that may begin `stop`."""
+        if self.is_done:
+            return ""
+        self.ids.append(id)
+        before, now = (self._tokenizer.decode(self.ids[self._from : end]) for end in (self._to, len(self.ids)))
+        if now.endswith(HALF_A_CHARACTER):
+            return ""
+        self._take(now[len(before) :])
+        self._from, self._to = self._to, len(self.ids)
+        return self._show(len(self.text) if self.is_done else len(self.text) - max(0, len(self._stop) - 1))
+
+    def end(self) -> str:
+        """No token comes any more: what has been held back."""
+        if not self.is_done:
+            before, now = (self._tokenizer.decode(self.ids[self._from : end]) for end in (self._to, len(self.ids)))
+            self._take(now[len(before) :])
+        return self._show(len(self.text))
+
+    def _take(self, text: str) -> None:
+        self.text += text
+        found = self.text.find(self._stop, self._shown) if self._stop else -1
+        if found >= 0:
+            self.text, self.is_done = self.text[:found], True
+
+    def _show(self, end: int) -> str:
+        start, self._shown = self._shown, max(self._shown, end)
+        return self.text[start : self._shown]
+
+
+def continue_text(model: Transformer, rows: list[Continuation], cfg: SampleConfig, generator: torch.Generator) -> float:
+    """Draws the rows' tokens and prints the first row meanwhile; the seconds it took, without compiling.
+
+    The host reads a token when the device is busy with the next one.
+    """
+    device, prompt = generator.device, rows[0].ids
+    idx = torch.tensor([prompt], device=device).expand(len(rows), -1)  # (B, T)
+    capacity = min(model.cfg.block_size, len(prompt) + cfg.max_new_tokens)
+    decoder = Decoder(model, len(rows), capacity, graph=device.type == "cuda", compile=cfg.compile)
+    options = SampleOptions(cfg.temperature, cfg.top_k, cfg.top_p, n_valid_ids=rows[0].vocab_size)
+    readback = ReadBack(device)
+    readback.restart_clock()
+    t0_s = time.perf_counter()
+    for token in draw_tokens(model, idx, cfg.max_new_tokens, options, generator, decoder):
+        readback.push(None, [token.flatten()])
+        take(rows, readback, keep=readback.depth)
+        if all(row.is_done for row in rows):
+            break
+    take(rows, readback, keep=0)
+    elapsed_s = time.perf_counter() - t0_s
+    print(rows[0].end(), end="", flush=True)
+    for row in rows[1:]:
+        row.end()
+    return elapsed_s
+
+
+def take(rows: list[Continuation], readback: ReadBack, keep: int) -> None:
+    """Gives the rows all tokens that have been read back, but those of the newest `keep` steps."""
+    for _, (ids,), _ in readback.pop(keep):
+        new = [row.push(int(id)) for row, id in zip(rows, ids, strict=True)]
+        print(new[0], end="", flush=True)
 
 
 if __name__ == "__main__":

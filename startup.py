@@ -36,21 +36,24 @@ from checkpoint import (
 )
 from configurator import Config, UserError, nearest
 from data.loader import SampleOrder
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, same_ids
 from data.tokens import Dataset, padded_vocab_size
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
 from precision import LossScale, autocast
-from sharding import LAYOUTS, Layout
+from pretrained import Pretrained, load_weights, open_pretrained
+from sharding import LAYOUTS, Layout, put_rows
 from training_logger import Throughput, TrainingLogger, new_run_name
 
 NOT_SHAPE = ("dropout", "gradient_checkpointing", "loss_chunk_rows")  # model knobs that a resumed run may change
 
 
-def with_vocabulary(cfg: Config, dataset: Dataset) -> Config:
-    """The configuration with `vocab_size` settled: the dataset's, padded, unless it was given."""
+def with_vocabulary(cfg: Config, dataset: Dataset, pretrained: Pretrained | None = None) -> Config:
+    """The configuration with `vocab_size` settled: the dataset's, padded, unless it was given or comes with the weights."""
+    if pretrained:
+        check_tokenizer(pretrained, dataset)
     vocab_size = cfg.model.vocab_size or padded_vocab_size(dataset.vocab_size)
     if vocab_size < dataset.vocab_size:
         raise UserError(f"--vocab_size={vocab_size}: {dataset.name} has {dataset.vocab_size:,} ids; pass at least that, or 0")
@@ -128,6 +131,14 @@ class TrainState:
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
 
 
+def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretrained | None) -> None:
+    """Goes on from the checkpoint; where there is none, starts from `pretrained`'s weights; else all stays as it was drawn."""
+    if checkpoint:
+        state.restore(checkpoint)
+    elif pretrained:
+        load_weights(state.model, pretrained, put_rows)
+
+
 def launch_id() -> str | None:
     """What torchrun calls this job; the same after each of its --max_restarts."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
@@ -169,11 +180,39 @@ def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     return {"model": shape, "data": dataset.fingerprint()}
 
 
-def refuse_pretrained(cfg: Config) -> None:
-    """Raises UserError where nanoGPT would load OpenAI's weights: said before anything is prepared for it."""
-    if cfg.checkpoint.init_from not in ("scratch", "resume"):
+def with_pretrained(cfg: Config) -> tuple[Config, Pretrained | None]:
+    """(the configuration with the model's shape as `init_from`'s weights have it, those weights); as it is where there are none.
+
+    `block_size` may be less than theirs. Raises UserError, also where another knob of the model was given another value.
+    """
+    if not cfg.checkpoint.pretrained:
+        return cfg, None
+    pretrained = open_pretrained(cfg.checkpoint.pretrained)
+    given = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") != "default"}
+    if "block_size" in given:
+        pretrained = pretrained.cropped(cfg.model.block_size)
+    shape = {name: value for name, value in vars(pretrained.cfg).items() if name not in NOT_SHAPE}
+    differing = [
+        f"{name}={getattr(cfg.model, name)!r} ({cfg.origins[name]})"
+        for name in given & shape.keys()
+        if getattr(cfg.model, name) != shape[name]
+    ]
+    if differing:
+        raise UserError(f"{pretrained.name} has another {', '.join(sorted(differing))}: leave these knobs out, its own are taken")
+    origins = cfg.origins | dict.fromkeys(shape, f"--init_from={cfg.checkpoint.pretrained}")
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **shape), origins=origins), pretrained
+
+
+def check_tokenizer(pretrained: Pretrained, dataset: Dataset) -> None:
+    """Raises UserError where the weights were trained on other tokens than the dataset's, as far as both tokenizers are known."""
+    try:
+        same = same_ids(load_tokenizer(dataset), pretrained.load_tokenizer())
+    except UserError:
+        return
+    if not same:
         raise UserError(
-            f"--init_from={cfg.checkpoint.init_from}: this version loads no pretrained weights; pass scratch or resume"
+            f"{pretrained.name} has another tokenizer than {dataset.folder}: prepare the data with its own, "
+            "prepare.py --tokenizer=..."
         )
 
 
@@ -201,19 +240,21 @@ def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Che
     if writes:
         stack.callback(lock_out_dir(out_dir, notes.append).close)
     checkpoint = None
-    if cfg.checkpoint.init_from == "resume":
+    if cfg.checkpoint.resumes:
         checkpoint = find_checkpoint(out_dir, cfg.checkpoint.resume or "latest", notes.append)
     elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and writes:  # torchrun starts a job that failed once more
         checkpoint = find_checkpoint(out_dir, "latest", notes.append)
         if checkpoint and checkpoint.state.get("launch") != launch_id():
             checkpoint = None  # another job's: this one failed before it had saved anything
     if checkpoint:
+        if checkpoint.state.get("weights_only"):
+            raise UserError(f"{checkpoint.path} is imported and has no optimizer: train from it with --init_from={out_dir}")
         check_compatible(checkpoint.state, identity(cfg, dataset))
         notes.append(f"resuming {checkpoint.path} after step {checkpoint.iter}")
-    elif cfg.checkpoint.init_from == "resume":
+    elif cfg.checkpoint.resumes:
         if not writes:
             raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
-        notes.append(f"nothing saved in {out_dir} yet: starting from scratch")
+        notes.append(f"nothing saved in {out_dir} yet: starting from {cfg.checkpoint.pretrained or 'scratch'}")
     replaces = is_own(cfg, checkpoint)
     if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint, replaces)):
         notes.append(warning)

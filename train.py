@@ -25,7 +25,8 @@ import startup
 from checkpoint import CheckpointStore
 from data.loader import Loader, SampleOrder, evaluation_batches
 from data.tokens import Dataset, load_dataset
-from model import SampleOptions, build_model, generate
+from generation import SampleOptions, generate
+from model import build_model
 from optim import build_optimizer, describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
 from precision import LossScale, autocast, choose_dtype
@@ -46,12 +47,12 @@ def train(cfg: Config, stack: ExitStack) -> int:
     ranks = start_ranks(cfg.run, cfg.parallel, stack)
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
     stop = StopRequest(cfg.run.max_hours, ranks)
-    startup.refuse_pretrained(cfg)
+    cfg, pretrained = startup.with_pretrained(cfg)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
     dataset = load_dataset(cfg.data, cfg.model.block_size)
-    cfg = startup.with_vocabulary(cfg, dataset)
+    cfg = startup.with_vocabulary(cfg, dataset, pretrained)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
     prompt = startup.load_prompt(cfg, dataset)
     layout, parallel = startup.choose_layout(cfg, ranks, dtype)
@@ -67,8 +68,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     # 5. Resume: everything that moves is tracked by one object, so everything is restored.
     run_name = startup.run_name_of(cfg, checkpoint, ranks)
     state = TrainState(model, layout, optimizer, LossScale(dtype, ranks.device), ranks, run_name)
-    if checkpoint:
-        state.restore(checkpoint)
+    startup.restore(state, checkpoint, pretrained)
     loader = Loader(dataset.train, order, cfg.data, ranks.device, ranks.rank, ranks.world_size, state.samples)
     stack.callback(loader.close)
 

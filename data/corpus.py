@@ -163,7 +163,9 @@ def _parse(recipe: Recipe, argv: list[str]) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--source", type=Path, help=SOURCE_HELP)
     if recipe.full_source:
-        source.add_argument("--full", action="store_true", help="the whole 627B-token set in place of the 6B sample")
+        source.add_argument(
+            "--full", action="store_true", help="the whole set of the hub in place of its sample, read as it streams"
+        )
     add = parser.add_argument
     add("--tokenizer", default=recipe.tokenizer, help=TOKENIZER_HELP)
     add("--val_fraction", type=float, default=recipe.val_fraction, help=VAL_FRACTION_HELP)

@@ -89,8 +89,10 @@ class HubSource:
 
     size_bytes = None
 
-    def __init__(self, repository: str, streaming: bool = False) -> None:
-        self.name, self.streaming = repository, streaming
+    def __init__(self, repository: str, part: str | None = None, streaming: bool = False) -> None:
+        """`part` is what the hub calls a configuration or subset."""
+        self.repository, self.part, self.streaming = repository, part, streaming
+        self.name = repository if part is None else f"{repository}:{part}"
 
     def identity(self) -> str:
         return f"hub:{self.name}"
@@ -120,7 +122,7 @@ class HubSource:
         go_offline_without_network()
         import datasets
 
-        return datasets.load_dataset(self.name, streaming=self.streaming).select_columns(["text"])
+        return datasets.load_dataset(self.repository, self.part, streaming=self.streaming).select_columns(["text"])
 
 
 def local_source(path: Path, val_fraction: float) -> FileSource:

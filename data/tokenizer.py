@@ -7,10 +7,12 @@ A prepared dataset keeps its tokenizer beside its tokens: `tokenizer.json` (the 
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +30,8 @@ LOADING_S = 60.0  # a tokenizer is a few megabytes: whoever needs longer has no 
 # cut before a line break that follows a letter or a digit, and the tokens stay the same (data/source.py relies on that).
 CODE_PATTERN = r"[\r\n]+ *|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]* *|\s+(?!\S)|\s+"
 
+PROBE = "The year 1984, and don't  you   forget:\n\tif x_1 != 0: return f(x)  # naïve — 你好 🙂\n\n  (a/b) 3.14159 ... WHY?!\n"
+
 T = TypeVar("T")
 
 
@@ -39,6 +43,7 @@ class Tokenizer(ABC):
     eot_id: int | None  # end of text; None: the tokenizer has none
     hash: str  # SHA-256: equal for tokenizers that give equal ids
     prefix_tokens: int = 0  # ids that encode() puts before every text; they do not belong in the middle of a document
+    probe: str = PROBE  # a text that tells it from other tokenizers
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -46,6 +51,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str: ...
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """The same as a tokenizer.json of the `tokenizers` library. Raises UserError where it cannot be one."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -64,7 +73,8 @@ class CharacterTokenizer(Tokenizer):
     def __init__(self, itos: dict[int, str]) -> None:
         self.itos = itos
         self.vocab_size = len(itos)
-        self.hash = _sha256("".join(itos[i] for i in range(len(itos))).encode("utf-8", "surrogatepass"))
+        self.probe = "".join(itos[i] for i in range(len(itos)))
+        self.hash = _sha256(self.probe.encode("utf-8", "surrogatepass"))
         self._id_of_code = np.full(max(map(ord, itos.values())) + 2, self.vocab_size, np.uint32)  # vocab_size: not known
         self._id_of_code[[ord(character) for character in itos.values()]] = list(itos)
 
@@ -90,6 +100,15 @@ class CharacterTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return "".join(self.itos[i] for i in ids)
 
+    def to_json(self) -> str:
+        from tokenizers import Tokenizer, decoders, models
+
+        if surrogates := [character for character in self.itos.values() if "\ud800" <= character <= "\udfff"]:
+            raise UserError(f"the characters include {surrogates[0]!r}, half of a pair, which no tokenizer.json can hold")
+        backend = Tokenizer(models.BPE({character: i for i, character in self.itos.items()}, merges=[]))
+        backend.decoder = decoders.Fuse()
+        return backend.to_str()
+
     def save(self, folder: Path) -> None:
         stoi = {character: i for i, character in self.itos.items()}
         _write_meta(folder, {"vocab_size": self.vocab_size, "itos": self.itos, "stoi": stoi})
@@ -110,14 +129,30 @@ class Gpt2Tokenizer(Tokenizer):
             "GPT-2's vocabulary, which tiktoken downloads once: connect to a network, or set TIKTOKEN_CACHE_DIR to a folder "
             "that has it",
         )
-        words = (self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size))
-        self.hash = _sha256(b"".join(len(word).to_bytes(4, "little") + word for word in words))
+        self._words = [self._encoding.decode_single_token_bytes(i) for i in range(self.vocab_size)]
+        self.hash = _sha256(b"".join(len(word).to_bytes(4, "little") + word for word in self._words))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [self._encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids)
+
+    def to_json(self) -> str:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = _letters_of_bytes()
+
+        def spelled(word: bytes) -> str:
+            return "".join(letters[byte] for byte in word)
+
+        words = self._words[: self.eot_id]
+        merges = [(spelled(left), spelled(right)) for left, right in merges_of(words)]
+        backend = Tokenizer(models.BPE({spelled(word): i for i, word in enumerate(words)}, merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([END_OF_TEXT[0]])
+        return backend.to_str()
 
 
 class JsonTokenizer(Tokenizer):
@@ -147,6 +182,9 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
 
+    def to_json(self) -> str:
+        return self.definition
+
     def save(self, folder: Path) -> None:
         super().save(folder)
         (folder / "tokenizer.json").write_text(self.definition, encoding="utf-8", newline="")
@@ -173,6 +211,32 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
+
+    def to_json(self) -> str:
+        """LLaMA's kind: byte-pair encoding of text whose spaces are ▁, one more in front, and bytes for what it does not know."""
+        from tokenizers import Tokenizer, decoders, models, normalizers
+
+        processor = self._processor
+        pieces = {processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        # A piece is merged from any two that it can be cut into, the likelier pieces first.
+        cuts = [
+            (-processor.get_score(i), i, piece[:cut], piece[cut:])
+            for piece, i in pieces.items()
+            if not (processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i))
+            for cut in range(1, len(piece))
+            if piece[:cut] in pieces and piece[cut:] in pieces
+        ]
+        merges = [(left, right) for *_, left, right in sorted(cuts, key=lambda cut: cut[:2])]
+        unknown = processor.id_to_piece(processor.unk_id())
+        backend = Tokenizer(models.BPE(pieces, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        strip = decoders.Strip(" ", 1, 0)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+        backend.add_special_tokens([piece for piece, i in pieces.items() if processor.is_control(i)])
+        definition = backend.to_str()
+        if not same_ids(self, JsonTokenizer(self.name, definition, self.eot_id)):
+            raise UserError(f"tokenizer {self.name} is not of LLaMA's kind: it cannot be written as a tokenizer.json")
+        return definition
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -215,6 +279,34 @@ def open_tokenizer(name: str) -> Tokenizer:
     if path.suffix == ".model":
         return SentencePieceTokenizer(name, _read(path))
     return _hub_tokenizer(name)
+
+
+def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether `other`, perhaps of another library, gives the ids of `one` for a line that has some of everything."""
+    try:
+        return one.encode(one.probe) == other.encode(one.probe)
+    except UserError:  # a character that a character set has not
+        return False
+
+
+def merges_of(words: list[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """The pair that each word of a byte-pair encoding, in the order of its ids, was merged from."""
+    rank = {word: i for i, word in enumerate(words)}
+    for word in words:
+        parts = [word[i : i + 1] for i in range(len(word))]
+        while len(parts) > 2:
+            pairs = [rank.get(left + right, math.inf) for left, right in pairwise(parts)]
+            first = pairs.index(min(pairs))
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            yield parts[0], parts[1]
+
+
+def _letters_of_bytes() -> list[str]:
+    """GPT-2's letter for each byte: itself where it is printed, else one from 256 on."""
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printed]
+    return [chr(byte) if byte in printed else chr(256 + others.index(byte)) for byte in range(256)]
 
 
 def train_bpe(vocab_size: int, texts: Iterable[str]) -> JsonTokenizer:

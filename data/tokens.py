@@ -87,6 +87,13 @@ class Dataset:
     vocab_size: int  # entries that occur; the model's embedding may be padded (padded_vocab_size)
     manifest: Manifest | None = None  # None: made by another trainer
 
+    @classmethod
+    def without_tokens(cls, folder: Path, vocab_size: int) -> Dataset:
+        """What is known of a dataset whose .bin files need not be on this machine; for its tokenizer."""
+        manifest = Manifest.read(folder / "manifest.json") if (folder / "manifest.json").exists() else None
+        nothing = np.empty(0, np.uint16)
+        return cls(folder.name, folder, nothing, nothing, manifest.vocab_size if manifest else vocab_size, manifest)
+
     @property
     def eot_id(self) -> int | None:
         return self.manifest.eot_id if self.manifest else None
@@ -142,7 +149,7 @@ def load_dataset(data: DataConfig, block_size: int) -> Dataset:
     splits = {}
     for split in SPLITS:
         path = folder / f"{split}.bin"
-        tokens = _open_split(path, manifest, block_size)
+        tokens = open_tokens(path, manifest, block_size)
         _check_ids(path, tokens, vocab_size, data.check_data)
         if manifest is None:
             _check_looks_like_uint16(path, tokens)
@@ -189,7 +196,8 @@ def _how_to_prepare(data: DataConfig, folder: Path) -> str:
     return f"{missing}: --dataset takes one of {known}, or a folder under --data_dir that holds them"
 
 
-def _open_split(path: Path, manifest: Manifest | None, block_size: int) -> np.memmap:
+def open_tokens(path: Path, manifest: Manifest | None, block_size: int) -> np.memmap:
+    """A .bin file, (tokens,), if it is what the manifest says and holds a block and its target. Raises UserError."""
     dtype = DTYPES[manifest.dtype if manifest else "uint16"]
     try:
         n_bytes = path.stat().st_size

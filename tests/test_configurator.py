@@ -85,7 +85,7 @@ def test_accepted_spellings(argv, knob, value):
         ("eval_interval = -1\n", 1, "must not be negative"),
         ("learning_rate = 1e-5\n", 1, "min_lr"),
         ("device = 'gpu'\n", 1, "is not one of auto, cpu"),
-        ("init_from = 'gpt5'\n", 1, "'gpt5' is not one of scratch, resume, gpt2"),
+        ("init_from = 'gpt5'\n", 1, "'gpt5' is not scratch, resume, gpt2"),
         ("run_name = 'a/b'\n", 1, "slash"),
         ("n_layer = 10**400\n", 1, "is not an int"),
         ("seed = 2**63\n", 1, "must be below 2**63"),

@@ -397,7 +397,7 @@ def test_hub_datasets_keep_their_validation_split_and_can_be_resumed(tmp_path, m
     (tmp_path / "hub").mkdir()
     for name, texts in (("train", DOCUMENTS[:30]), ("validation", DOCUMENTS[30:40])):
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "hub" / f"{name}-00000-of-00001.parquet")
-    hub = HubSource(str(tmp_path / "hub"), streaming)
+    hub = HubSource(str(tmp_path / "hub"), streaming=streaming)
     everything = [("val", text) for text in DOCUMENTS[30:40]] + [("train", text) for text in DOCUMENTS[:30]]
     limited = everything[:7] + everything[10:17]
 
@@ -407,6 +407,20 @@ def test_hub_datasets_keep_their_validation_split_and_can_be_resumed(tmp_path, m
     assert read(0, None) == everything
     assert read(4, None) == everything[4:] and read(15, None) == everything[15:]
     assert read(0, 7) == limited and read(9, 7) == limited[9:]
+
+
+def test_a_part_of_a_hub_dataset_is_what_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", NO_NETWORK["HF_ENDPOINT"])
+    configs = []
+    for part in ("sample", "default"):
+        (tmp_path / "hub" / part).mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [part] * 3}), tmp_path / "hub" / part / "000.parquet")
+        configs.append(f"- config_name: {part}\n  data_files: {part}/*.parquet\n")
+    (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}---\n")
+    sample, whole = HubSource(str(tmp_path / "hub"), "sample"), HubSource(str(tmp_path / "hub"), streaming=True)
+    assert ["".join(document.pieces) for document in sample.documents(0, None)] == ["sample"] * 3
+    assert ["".join(document.pieces) for document in whole.documents(0, None)] == ["default"] * 3
+    assert sample.identity() != whole.identity()
 
 
 def test_help_is_quick_and_names_the_flags():

@@ -18,11 +18,14 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
-    "train": "startup checkpoint configurator data flops model optim parallel precision sharding training_logger",
-    "startup": "checkpoint configurator data flops kernels model optim parallel precision sharding training_logger",
-    "hellaswag": "checkpoint configurator data hf_convert model parallel precision",
-    "sample": "checkpoint configurator data hf_convert model parallel precision",
-    "hf_convert": "checkpoint configurator data flops model visualize_training",
+    "train": "startup checkpoint configurator data flops generation model optim parallel precision sharding training_logger",
+    "startup": "checkpoint configurator data flops kernels model optim parallel precision pretrained sharding training_logger",
+    "generation": "configurator model",
+    "hellaswag": "configurator data model parallel precision pretrained",
+    "sample": "configurator data generation kernels model parallel precision pretrained",
+    "hf_convert": "checkpoint checkpoint_files configurator data flops hf_format pretrained run_file visualize_training",
+    "pretrained": "checkpoint configurator data hf_format kernels model",
+    "hf_format": "configurator model",
     "checkpoint": "checkpoint_files configurator parallel",
     "checkpoint_files": "configurator parallel",
     "training_logger": "configurator run_file",

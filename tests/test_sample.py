@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
 import train
 from checkpoint import find_checkpoint
 from configurator import UserError
+from data.tokenizer import Tokenizer, open_tokenizer, train_bpe
+from hf_convert import export_model
+from pretrained import load_model, open_pretrained
+from real_inputs import shared_file
+from sample import SEPARATOR
 from tiny_runs import TINY, tiny_text, write_dataset
 
 
@@ -52,7 +58,7 @@ def test_the_seed_decides_and_temperature_0_is_greedy(out_dir, capsys):
 def test_the_weights_are_the_checkpoints(out_dir):
     checkpoint = find_checkpoint(out_dir, "latest", print)
     weights = checkpoint.read_tensors()
-    model = sample.load_model(checkpoint, torch.device("cpu"))
+    model = load_model(open_pretrained(str(out_dir), "latest"), torch.device("cpu"), torch.float32)
     assert all(torch.equal(weights[f"model.{name}"], p) for name, p in model.named_parameters())
 
 
@@ -70,6 +76,63 @@ def test_the_tokens_may_be_elsewhere_and_the_start_in_a_file(out_dir, tmp_path, 
     assert run(capsys, out_dir, *moved) == run(capsys, out_dir, "--start=the c")
 
 
+def test_greedy_text_is_that_of_transformers(out_dir, tmp_path, capsys):
+    """From a checkpoint, from the folder it is exported to, and by transformers' own generate."""
+    export_model(open_pretrained(str(out_dir)), tmp_path / "hf", "float32", 10**9)
+    flags = ["--start=the c", "--num_samples=2", "--max_new_tokens=11", "--temperature=0"]
+    ours = run(capsys, out_dir, *flags)
+    model, tokenizer = (auto.from_pretrained(tmp_path / "hf") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    theirs = model.generate(**tokenizer("the c", return_tensors="pt"), max_new_tokens=11, do_sample=False)
+    assert ours == 2 * f"{tokenizer.decode(theirs[0])}{SEPARATOR}"
+    assert run(capsys, tmp_path / "hf", *flags) == ours
+    assert run(capsys, tmp_path, f"--init_from={tmp_path / 'hf'}", *flags) == ours
+
+
+def test_a_continuation_ends_before_the_stop_text(out_dir, capsys):
+    flags = ["--start=the c", "--num_samples=4", "--max_new_tokens=40"]
+    free = run(capsys, out_dir, *flags).split(SEPARATOR)[:-1]
+    stopped = run(capsys, out_dir, *flags, "--stop=a ").split(SEPARATOR)[:-1]
+    assert stopped == ["the c" + text.removeprefix("the c").split("a ")[0] for text in free] != free
+
+
+def test_every_line_of_a_prompt_file_is_continued(out_dir, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("the c\n\none dog\n")
+    texts = run(capsys, out_dir, f"--prompt_file={tmp_path / 'prompts.txt'}", "--num_samples=2", "--max_new_tokens=9")
+    assert [len(text) for text in texts.split(SEPARATOR)] == [14, 14, 16, 16, 0]
+    assert [text[:5] for text in texts.split(SEPARATOR)[:4]] == ["the c", "the c", "one d", "one d"]
+
+
+def tokenizer_of(kind: str) -> Tokenizer:
+    if kind == "llama":
+        return open_tokenizer(str(shared_file("sentencepiece_32k/tokenizer.model")))
+    return train_bpe(300, [WIDE])
+
+
+WIDE = "naïve — 你好 🙂🙂 x = f(1)\n\n  it is  1984,\tand\n"
+
+
+@pytest.mark.parametrize("kind", ["llama", "bpe"])
+@pytest.mark.parametrize("stop", ["", "1984", "🙂 x", "nowhere"])
+def test_text_that_streams_is_the_text(kind, stop):
+    """Whatever bytes a token ends with, and however the stop text falls into tokens."""
+    tokenizer = tokenizer_of(kind)
+    ids = tokenizer.encode(WIDE * 2)
+    row = sample.Continuation(tokenizer, ids[:3], stop)
+    parts = [row.push(id) for id in ids[3:]]
+    expected = tokenizer.decode(ids).removeprefix(tokenizer.decode(ids[:3])).split(stop or "nowhere")[0]
+    assert "".join([*parts, row.end()]) == row.text == expected
+    assert row.is_done == (stop in ("1984", "🙂 x"))
+    assert "\ufffd" not in "".join(parts)
+    assert stop or sum(map(bool, parts)) > 20  # in many parts
+
+
+def test_bytes_that_never_become_a_character_come_at_the_end():
+    tokenizer = train_bpe(300, [WIDE])
+    row = sample.Continuation(tokenizer, tokenizer.encode("a"), "")
+    assert [row.push(id) for id in tokenizer.encode("é")[:1]] == [""]
+    assert row.end() == row.text == "\ufffd"
+
+
 def test_another_tokenizer_is_refused(out_dir, tmp_path):
     write_dataset(tmp_path / "words", tiny_text(200).upper(), tiny_text(200))
     with pytest.raises(UserError, match="is not the one that"):
@@ -81,6 +144,10 @@ def test_another_tokenizer_is_refused(out_dir, tmp_path):
     [
         (["--start="], "at least one character"),
         (["--start=FILE:nowhere.txt"], "--start=FILE:nowhere.txt: cannot read"),
+        (["--prompt_file=nowhere.txt"], "--prompt_file=nowhere.txt: cannot read"),
+        (["--prompt_file=/dev/null"], "the file has no line of text"),
+        (["--init_from=nowhere"], "is not scratch, resume, gpt2"),
+        (["--compile"], "compiled on a GPU only"),
         (["--start=Ω"], "do not include 'Ω'"),
         (["--checkpoint=rolling_step_7"], "rolling_step_7"),
         (["--temperature=-1"], "must not be negative"),
@@ -94,5 +161,5 @@ def test_mistakes(out_dir, flags, says):
 
 
 def test_nothing_to_sample_from(tmp_path):
-    with pytest.raises(UserError, match="nothing"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         sample.main([f"--out_dir={tmp_path}"])

@@ -1,0 +1,224 @@
+"""Weights that are there already, wherever they come from, behind one interface: `open_pretrained`.
+
+A source is the out_dir of a run or one checkpoint of it, a Hugging Face folder, the name of a model on the hub, or the ckpt.pt
+of nanoGPT. Whatever it is, it has knobs, a tokenizer, and weights that are read one parameter at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoint import FOLDER, Checkpoint, find_checkpoint, is_checkpoint, tiers_in
+from configurator import GPT2_MODELS, DataConfig, ModelConfig, UserError, section_from
+from data.source import go_offline_without_network
+from data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer
+from data.tokens import GPT2_VOCAB_SIZE, Dataset, dataset_folder, padded_vocab_size
+from hf_format import CONFIG, FAMILIES, READ_AS, TensorFolder, layout, model_config, ours_from_theirs, parameter_shapes
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels import Operations
+    from model import Transformer
+
+TOKENIZER_FOLDER = "tokenizer"  # of an out_dir whose weights were imported
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model that can be loaded."""
+
+    name: str  # for people
+    cfg: ModelConfig
+    read: Callable[[str], torch.Tensor]  # a parameter by our name, on the CPU, in the dtype that it is stored in
+    load_tokenizer: Callable[[], Tokenizer]  # raises UserError where there is none, or one of another vocabulary
+    checkpoint: Checkpoint | None = None  # where it is one of ours
+
+    def cropped(self, block_size: int) -> Pretrained:
+        """The same with a shorter context. Raises UserError for a longer one."""
+        if block_size > self.cfg.block_size:
+            raise UserError(f"--block_size={block_size}: {self.name} has a context of {self.cfg.block_size}; pass that or less")
+
+        def read(name: str) -> torch.Tensor:
+            tensor = self.read(name)
+            return tensor[:block_size] if name == "position_embedding.weight" else tensor
+
+        return replace(self, cfg=replace(self.cfg, block_size=block_size), read=read)
+
+
+def open_pretrained(source: str, which: str = "best", data_dir: str = "") -> Pretrained:
+    """The model that `source` names; a local folder or file goes before the hub.
+
+    Of an out_dir `which` names the checkpoint (best falls back to latest), and `data_dir` the folder that holds the run's
+    dataset, for its tokenizer; empty takes the run's own. Raises UserError.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _of_nanogpt(path, data_dir)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        return _of_checkpoint(path, which, data_dir)
+    return _of_folder(path if path.is_dir() else _download(source), source)
+
+
+def load_model(pretrained: Pretrained, device: torch.device, dtype: torch.dtype, ops: Operations | None = None) -> Transformer:
+    """The model in evaluation mode: weights in `dtype`, the norms' in float32. It computes in `dtype` without autocast."""
+    import torch
+
+    from model import Transformer
+
+    with torch.device("meta"):
+        model = Transformer(pretrained.cfg, *filter(None, [ops]))
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data = parameter.data.to(dtype)  # its shape only, so far
+    model.to_empty(device=device).fill_rope_tables()
+    load_weights(model, pretrained)
+    return model.eval()
+
+
+def load_weights(
+    model: Transformer,
+    pretrained: Pretrained,
+    put: Callable[[torch.Tensor, torch.Tensor], Any] = lambda p, values: p.copy_(values),
+) -> None:
+    """Gives every parameter of a model of the same shape its values: `put(parameter, values)`, values on the CPU."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            put(parameter, pretrained.read(name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A checkpoint of ours
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _of_checkpoint(path: Path, which: str, data_dir: str) -> Pretrained:
+    if is_checkpoint(path):
+        path, which = path.parent.parent, str(path)
+    elif which == "best" and "best_model" not in tiers_in(path / FOLDER):
+        which = "latest"
+    checkpoint = find_checkpoint(path, which, lambda line: print(line, file=sys.stderr))
+    if checkpoint is None:
+        raise UserError(
+            f"{path} holds no checkpoint and no {CONFIG}: name the out_dir of a run that saved one, or a model's folder"
+        )
+    cfg = section_from(ModelConfig, checkpoint.state["config"]["values"])
+
+    def read(name: str) -> torch.Tensor:
+        return checkpoint.read_tensors([f"model.{name}"])[f"model.{name}"]
+
+    name = f"{checkpoint.path}, step {checkpoint.iter}"
+    return Pretrained(name, cfg, read, cache(partial(_tokenizer_of_run, checkpoint, data_dir)), checkpoint)
+
+
+def _tokenizer_of_run(checkpoint: Checkpoint, data_dir: str) -> Tokenizer:
+    """The tokenizer of the dataset that the run was trained on; its tokens need not be on this machine."""
+    state = checkpoint.state
+    data = section_from(DataConfig, state["config"]["values"])
+    folder = dataset_folder(replace(data, data_dir=data_dir or data.data_dir))
+    if state.get("weights_only"):
+        folder = checkpoint.path.parent.parent / TOKENIZER_FOLDER
+    tokenizer = load_tokenizer(Dataset.without_tokens(folder, state["data"]["vocab_size"]))
+    if state["data"].get("tokenizer_hash") not in (None, tokenizer.hash):
+        raise UserError(f"the tokenizer in {folder} is not the one that {checkpoint.path} was trained with: prepare that again")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A Hugging Face folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _of_folder(folder: Path, name: str) -> Pretrained:
+    config = _read_config(folder)
+    model_type, cfg = model_config(config, str(folder / CONFIG))
+    shapes = parameter_shapes(cfg)
+    tensors, files = list(layout(READ_AS[model_type], cfg, config)), TensorFolder(folder)
+    files.check(tensors)
+
+    def read(parameter: str) -> torch.Tensor:
+        import torch
+
+        found = ours_from_theirs(parameter, tensors, files.read)
+        return torch.zeros(shapes[parameter]) if found is None else found
+
+    return Pretrained(name, cfg, read, cache(partial(_tokenizer_of_folder, folder, cfg.vocab_size)))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is no JSON object")
+    return config
+
+
+def _tokenizer_of_folder(folder: Path, vocab_size: int) -> Tokenizer:
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        tokenizer = open_tokenizer(str(folder))
+    elif vocab_size in (GPT2_VOCAB_SIZE, padded_vocab_size(GPT2_VOCAB_SIZE)):
+        tokenizer = Gpt2Tokenizer()
+    else:
+        raise UserError(f"{folder} has no tokenizer.json and no tokenizer.model: put the model's there")
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder} does not match its model: {tokenizer.vocab_size:,} ids for {vocab_size:,} embeddings"
+        )
+    return tokenizer
+
+
+def _download(name: str) -> Path:
+    """The folder of a model of the hub, in the cache of Hugging Face's libraries. Raises UserError."""
+    go_offline_without_network()
+    import huggingface_hub  # reads at import whether it is offline
+
+    repository = f"openai-community/{name}" if name in GPT2_MODELS else name
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
+    except Exception as error:  # its own errors, those of its HTTP client, the disk's
+        cause = str(error).strip().split("\n")[0][:200]
+        raise UserError(
+            f"{name}: there is no such file or folder, and the Hugging Face hub does not give it. Where there is a network, "
+            f"`hf download {repository} --local-dir FOLDER` fetches a folder to name here\n({cause})"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nanoGPT's ckpt.pt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _of_nanogpt(path: Path, data_dir: str) -> Pretrained:
+    """Its tensors have the names of transformers' GPT-2, its matrices our layout."""
+    import torch
+
+    try:
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        sizes = {knob: saved["model_args"][knob] for knob in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
+        weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+    except Exception as error:  # another file can fail in any way
+        raise UserError(f"{path} is no ckpt.pt of nanoGPT: {str(error).splitlines()[0][:200] or type(error).__name__}") from None
+    cfg = ModelConfig(**sizes)
+    family = replace(FAMILIES["gpt2"], is_transposed=False)
+    tensors = [tensor for tensor in layout(family, cfg, {}) if tensor.source]
+    wrong = [each.name for each in tensors if each.name not in weights or tuple(weights[each.name].shape) != each.shape]
+    if wrong:
+        raise UserError(f"{path} lacks {', '.join(wrong[:5])}, or has them in another shape")
+
+    def read(name: str) -> torch.Tensor:
+        return ours_from_theirs(name, tensors, weights.__getitem__)
+
+    data = DataConfig(dataset=saved.get("config", {}).get("dataset", "openwebtext"), data_dir=data_dir)
+    dataset = Dataset.without_tokens(dataset_folder(data), cfg.vocab_size)
+    return Pretrained(f"{path}, step {saved.get('iter_num', 0)}", cfg, read, cache(partial(load_tokenizer, dataset)))

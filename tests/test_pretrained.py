@@ -1,0 +1,266 @@
+"""Weights that are there already: nanoGPT's ckpt.pt, folders, and what train.py makes of --init_from."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hf_convert
+from configurator import ModelConfig, UserError
+from data.tokenizer import CharacterTokenizer, train_bpe
+from data.tokens import Dataset
+from hf_convert import export_model
+from model import build_model
+from pretrained import Pretrained, load_model, open_pretrained
+from startup import check_tokenizer
+from tiny_runs import Runs, tiny_text
+
+CPU = torch.device("cpu")
+TEXT = tiny_text(880)  # what the dataset of tiny runs is made of
+
+
+# --- nanoGPT -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 16
+    vocab_size: int = 18
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 32
+    dropout: float = 0.0
+    bias: bool = False
+
+
+class NanoBlock(nn.Module):
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        C = cfg.n_embd
+        self.n_head = cfg.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(C, bias=cfg.bias), nn.LayerNorm(C, bias=cfg.bias)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C, cfg.bias), "c_proj": nn.Linear(C, C, cfg.bias)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C, cfg.bias), "c_proj": nn.Linear(4 * C, C, cfg.bias)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.attn["c_attn"](self.ln_1(x)).split(C, dim=2)
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for part in qkv)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn["c_proj"](y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+
+
+class NanoGPT(nn.Module):
+    """nanoGPT's model in its own arithmetic and under its own names."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        tables = {"wte": nn.Embedding(cfg.vocab_size, cfg.n_embd), "wpe": nn.Embedding(cfg.block_size, cfg.n_embd)}
+        blocks = nn.ModuleList(NanoBlock(cfg) for _ in range(cfg.n_layer))
+        self.transformer = nn.ModuleDict({**tables, "h": blocks, "ln_f": nn.LayerNorm(cfg.n_embd, bias=cfg.bias)})
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.lm_head.weight = tables["wte"].weight
+
+    def forward(self, idx: Tensor) -> Tensor:
+        parts = self.transformer
+        x = parts["wte"](idx) + parts["wpe"].weight[: idx.shape[1]]
+        for block in parts["h"]:
+            x = block(x)
+        return self.lm_head(parts["ln_f"](x))
+
+
+def write_nanogpt(path: Path, cfg: GPTConfig, prefix: str = "") -> NanoGPT:
+    torch.manual_seed(0)
+    model = NanoGPT(cfg)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    saved = {"model": {prefix + name: tensor for name, tensor in model.state_dict().items()}, "model_args": asdict(cfg)}
+    saved |= {"optimizer": torch.optim.AdamW(model.parameters()).state_dict(), "iter_num": 7, "best_val_loss": torch.tensor(1.5)}
+    torch.save({**saved, "config": {"dataset": "tiny", "device": "cpu"}}, path)
+    return model
+
+
+@pytest.mark.parametrize(("bias", "prefix"), [(True, ""), (False, "_orig_mod.")])
+def test_nanogpts_checkpoint_is_loaded(tmp_path, bias, prefix):
+    theirs = write_nanogpt(tmp_path / "ckpt.pt", GPTConfig(bias=bias), prefix)
+    CharacterTokenizer.of_texts([TEXT]).save(make(tmp_path / "data" / "tiny"))
+    source = open_pretrained(str(tmp_path / "ckpt.pt"), data_dir=str(tmp_path / "data"))
+    assert source.cfg == ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=18, bias=bias)
+    assert source.name == f"{tmp_path / 'ckpt.pt'}, step 7"
+    assert source.load_tokenizer().encode(TEXT) == CharacterTokenizer.of_texts([TEXT]).encode(TEXT)
+    idx = torch.randint(18, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(source, CPU, torch.float32)(idx), theirs(idx), rtol=0, atol=1e-5)
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+class Harmful:
+    def __reduce__(self):
+        return Path.touch, (Path("harmed"),)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Harmful(), "model_args": {}}, "ckpt.pt")
+    with pytest.raises(UserError, match=r"is no ckpt.pt of nanoGPT: Weights only load failed"):
+        open_pretrained("ckpt.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(UserError, match=r"is no ckpt.pt of nanoGPT"):
+        open_pretrained("plain.pt")
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
+    write_nanogpt(tmp_path / "ckpt.pt", GPTConfig())
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    del saved["model"]["transformer.h.1.mlp.c_fc.weight"]
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"lacks transformer\.h\.1\.mlp\.c_fc\.weight"):
+        open_pretrained(str(tmp_path / "ckpt.pt"))
+
+
+# --- folders -----------------------------------------------------------------------------------------------------------
+
+CFG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=18, bias=True, dropout=0.0)
+
+
+def write_folder(folder: Path, tokenizer=None, cfg: ModelConfig = CFG) -> Pretrained:
+    """A Hugging Face folder, and the same model as a source that is no file."""
+    model = build_model(cfg, CPU, seed=3)
+    source = Pretrained(
+        "made", cfg, dict(model.named_parameters()).__getitem__, lambda: tokenizer or CharacterTokenizer.of_texts([TEXT])
+    )
+    export_model(source, folder, "float32", 10**9)
+    return source
+
+
+def test_positions_are_cropped(tmp_path):
+    whole = write_folder(tmp_path / "hf")
+    cropped = open_pretrained(str(tmp_path / "hf")).cropped(10)
+    idx = torch.randint(18, (2, 10))
+    with torch.no_grad():
+        difference = load_model(cropped, CPU, torch.float32)(idx) - load_model(whole, CPU, torch.float32)(idx)
+    assert difference.abs().max() < 1e-6 and cropped.read("position_embedding.weight").shape == (10, 16)
+
+
+def test_weights_may_be_loaded_in_half_precision(tmp_path):
+    write_folder(tmp_path / "hf", cfg=replace(CFG, position_encoding="rope", bias=False))
+    model = load_model(open_pretrained(str(tmp_path / "hf")), CPU, torch.bfloat16)
+    assert {p.dtype for name, p in model.named_parameters() if "norm" not in name} == {torch.bfloat16}
+    assert {p.dtype for name, p in model.named_parameters() if "norm" in name} == {torch.float32} == {model.rope_cos.dtype}
+    assert model(torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "is no JSON object"),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json and no tokenizer.model"),
+        (lambda f: train_bpe(300, [TEXT]).save(f), "does not match its model: 295 ids for 18 embeddings"),
+    ],
+)
+def test_folders_that_are_not_whole(tmp_path, change, says):
+    write_folder(tmp_path / "hf")
+    change(tmp_path / "hf")
+    with pytest.raises(UserError, match=says):
+        open_pretrained(str(tmp_path / "hf")).load_tokenizer()
+
+
+# --- train.py --init_from ----------------------------------------------------------------------------------------------
+
+
+class RunsFromWeights(Runs):
+    """Without the sizes of a tiny model: they come with the weights."""
+
+    def argv(self, out_dir: str, *flags: str) -> list[str]:
+        sizes = ("--n_layer=", "--n_head=", "--n_embd=", "--block_size=")
+        return [flag for flag in super().argv(out_dir) if not flag.startswith(sizes)] + list(flags)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    with RunsFromWeights(tmp_path_factory.mktemp("pretrained")) as runs:
+        write_folder(runs.folder / "hf")
+        yield runs
+
+
+def first_tensors(runs: Runs, out_dir: str) -> dict[str, Tensor]:
+    return runs.checkpoint(out_dir).read_tensors()
+
+
+def test_training_starts_from_the_weights(runs):
+    """A step with a learning rate of 0 leaves them as they were."""
+    output = runs.run(
+        "start", f"--init_from={runs.folder / 'hf'}", "--block_size=8", "--max_iters=1", "--learning_rate=0", "--min_lr=0"
+    )
+    expected = open_pretrained(str(runs.folder / "hf")).cropped(8)
+    weights = first_tensors(runs, "start")
+    assert all(torch.equal(tensor, expected.read(name.removeprefix("model."))) for name, tensor in weights.items())
+    config = runs.log("start")["config"]
+    assert config["values"]["n_embd"] == 16 and config["origins"]["n_embd"] == f"--init_from={runs.folder / 'hf'}"
+    assert "number of parameters" in output
+
+
+def test_one_command_line_serves_the_first_start_and_every_restart(runs):
+    flags = [f"--init_from={runs.folder / 'hf'}", "--resume=latest", "--block_size=16"]
+    assert f"starting from {runs.folder / 'hf'}" in runs.run("restart", *flags, "--max_iters=3")
+    assert "after step 3" in runs.run("restart", *flags, "--max_iters=6")
+    assert list(runs.losses("restart")) == [1, 2, 3, 4, 5, 6]
+    runs.run("once", *flags, "--max_iters=6")
+    assert runs.losses("once") == runs.losses("restart")
+
+
+def test_another_runs_weights(runs):
+    runs.run("donor", f"--init_from={runs.folder / 'hf'}", "--block_size=8", "--max_iters=4")
+    runs.run("heir", f"--init_from={runs.folder / 'donor'}", "--max_iters=1", "--learning_rate=0", "--min_lr=0")
+    donor, heir = first_tensors(runs, "donor"), first_tensors(runs, "heir")
+    assert donor.keys() == heir.keys() and all(torch.equal(donor[name], heir[name]) for name in donor)
+
+
+def test_imported_weights_are_for_init_from(runs):
+    hf_convert.main(["import", str(runs.folder / "hf"), str(runs.folder / "imported"), "--block_size=16"])
+    assert f"--init_from={runs.folder / 'imported'}" in runs.run("imported", "--resume=latest", exit_code=2)
+    output = runs.run("imported", f"--init_from={runs.folder / 'imported'}", "--max_iters=2")
+    assert "Starting from scratch" in output or "checkpoints of run import_" in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--n_embd=48"], "has another n_embd=48 (command line): leave these knobs out"),
+        (["--block_size=25"], "has a context of 24"),
+        (["--block_size=16", "--vocab_size=64"], "has another vocab_size=64"),
+    ],
+)
+def test_knobs_that_contradict_the_weights(runs, flags, says):
+    assert says in runs.run("refused", f"--init_from={runs.folder / 'hf'}", *flags, exit_code=2)
+    assert not (runs.folder / "refused").exists()
+
+
+def test_a_dataset_in_other_tokens_is_refused(tmp_path):
+    tokenizers = [train_bpe(300, [TEXT]), train_bpe(300, [TEXT.upper()])]
+    for number, tokenizer in enumerate(tokenizers):
+        tokenizer.save(make(tmp_path / str(number)))
+    wide = replace(CFG, vocab_size=320)
+    write_folder(tmp_path / "hf", tokenizers[0], wide)
+    source = open_pretrained(str(tmp_path / "hf"))
+    check_tokenizer(source, dataset_in(tmp_path / "0"))
+    with pytest.raises(UserError, match="has another tokenizer than"):
+        check_tokenizer(source, dataset_in(tmp_path / "1"))
+
+
+def dataset_in(folder: Path) -> Dataset:
+    return Dataset(folder.name, folder, np.empty(0, np.uint16), np.empty(0, np.uint16), 300)
