@@ -120,10 +120,9 @@ def continue_text(model: Transformer, rows: list[Continuation], cfg: SampleConfi
     decoder = Decoder(model, len(rows), capacity, graph=device.type == "cuda", compile=cfg.compile)
     options = SampleOptions(cfg.temperature, cfg.top_k, cfg.top_p, n_valid_ids=rows[0].vocab_size)
     readback = ReadBack(device)
-    readback.restart_clock()
     t0_s = time.perf_counter()
     for token in draw_tokens(model, idx, cfg.max_new_tokens, options, generator, decoder):
-        readback.push(None, [token.flatten()])
+        readback.push(None, token.flatten())
         take(rows, readback, keep=readback.depth)
         if all(row.is_done for row in rows):
             break
@@ -137,7 +136,7 @@ def continue_text(model: Transformer, rows: list[Continuation], cfg: SampleConfi
 
 def take(rows: list[Continuation], readback: ReadBack, keep: int) -> None:
     """Gives the rows all tokens that have been read back, but those of the newest `keep` steps."""
-    for _, (ids,), _ in readback.pop(keep):
+    for _, ids, _ in readback.pop(keep):  # as float32, which is exact up to 2^24
         new = [row.push(int(id)) for row, id in zip(rows, ids, strict=True)]
         print(new[0], end="", flush=True)
 
