@@ -1,0 +1,210 @@
+"""Tokens a second a GPU, scaling efficiency, peak memory by component and exposed communication, by strategy and number of ranks.
+
+    python benchmarks/scaling.py CONFIG [--knob=value ...] [--ranks=1,2,4] [--strategies=ddp,zero1,fsdp] [--micro_steps=1,4]
+        [--steps=10] [--no_profile] [--json=FILE]
+
+A step is `micro_steps` micro-batches a rank of `batch_size` x `block_size` random tokens, with train.py's own layout, compiled
+units and update. Efficiency is a rank's tokens a second over those of one rank alone with as many micro-steps. Exposed
+communication is the time in which a GPU runs NCCL's kernels and no others. All settings of one number of ranks share a launch.
+Needs as many GPUs as ranks; with --device=cpu it runs over gloo, to try the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import Config, load_config
+
+WARMUP_STEPS = 3
+GIB = 2**30
+
+
+def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bool) -> dict[str, Any]:
+    """Step times and memory of one setting, on every rank of a launch; the figures are rank 0's."""
+    import torch
+
+    import kernels
+    from model import build_model
+    from optim import build_optimizer, update
+    from precision import autocast, choose_dtype
+    from sharding import put_rows
+    from startup import choose_layout, compile_model
+
+    device, on_gpu = ranks.device, ranks.device.type == "cuda"
+    dtype, ops = choose_dtype(cfg.run.dtype, device), kernels.choose(vars(cfg.kernels), device.type)[0]
+
+    def allocated() -> int:
+        return torch.cuda.memory_allocated() if on_gpu else 0
+
+    start_bytes = allocated()
+    layout, _ = choose_layout(cfg, ranks, dtype)
+    model = build_model(cfg.model, device, cfg.run.seed, ops, layout.shard, put_rows)
+    layout.attach(model)
+    parameter_bytes = allocated() - start_bytes
+    optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
+    optimizer_bytes = allocated() - start_bytes - parameter_bytes
+    forward = compile_model(model, cfg, dtype, ranks, lambda line: None)
+    scale, gradient_bytes = torch.ones((), device=device), 0
+    idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
+
+    def step() -> None:
+        nonlocal gradient_bytes
+        for number in range(1, micro_steps + 1):
+            layout.begin(is_last=number == micro_steps)
+            with autocast(device, dtype):
+                loss = forward(idx[0], idx[1]) / micro_steps
+            loss.backward()
+        gradients = layout.gradients()
+        gradient_bytes = sum(g.nbytes for g in gradients.tensors)
+        update(optimizer, cfg.optim, 1e-4, scale, with_moments=False, gradients=gradients)
+        layout.finish()
+
+    for _ in range(WARMUP_STEPS):
+        step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times_ms = step_times_ms(step, n_steps, device)
+    peak_bytes = torch.cuda.max_memory_allocated() - start_bytes if on_gpu else 0
+    split = {"parameters": parameter_bytes, "gradients": gradient_bytes, "optimizer": optimizer_bytes}
+    return {
+        "step_ms": round(statistics.median(times_ms), 3),
+        "steps_ms": [round(ms, 2) for ms in times_ms],
+        "peak_gib": round(peak_bytes / GIB, 3),
+        **{f"{name}_gib": round(size / GIB, 3) for name, size in split.items()},
+        "activations_and_rest_gib": round((peak_bytes - sum(split.values())) / GIB, 3),
+        "exposed_communication_ms": exposed_ms(step) if profile and on_gpu and ranks.world_size > 1 else None,
+    }
+
+
+def step_times_ms(step: Callable[[], None], n_steps: int, device: Any) -> list[float]:
+    """From the end of each step to the end of the next. The host does not wait in between, as in training."""
+    import torch
+
+    from parallel import ReadBack
+
+    readback = ReadBack(device)
+    for _ in range(n_steps):
+        step()
+        readback.push(None, torch.zeros(1, device=device))
+    return [ms for _, _, ms in readback.pop(keep=0)]
+
+
+def exposed_ms(step: Callable[[], None]) -> float:
+    """Milliseconds of one step in which NCCL's kernels run and no other kernel does."""
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(e.time_range.start, e.time_range.end, e.name.startswith("nccl")) for e in events]
+    edges = sorted([(t, sign, is_nccl) for start, end, is_nccl in spans for t, sign in ((start, 1), (end, -1))])
+    running, exposed_us, last_us = {True: 0, False: 0}, 0.0, 0.0
+    for now_us, sign, is_nccl in edges:
+        if running[True] and not running[False]:
+            exposed_us += now_us - last_us
+        running[is_nccl], last_us = running[is_nccl] + sign, now_us
+    return round(exposed_us / 1e3, 3)
+
+
+def settings(args: argparse.Namespace, n_ranks: int) -> list[tuple[str, int]]:
+    """(strategy, micro-steps a rank) of one launch; one rank alone has no strategy."""
+    strategies = args.strategies.split(",") if n_ranks > 1 else ["alone"]
+    return list(itertools.product(strategies, map(int, args.micro_steps.split(","))))
+
+
+def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
+    """One launch: every setting in turn; rank 0 writes the figures."""
+    import torch
+
+    from parallel import start_ranks
+
+    rows = []
+    with ExitStack() as stack:
+        ranks = start_ranks(cfg.run, cfg.parallel, stack)
+        for strategy, micro_steps in settings(args, ranks.world_size):
+            data = dataclasses.replace(cfg.data, gradient_accumulation_steps=micro_steps * ranks.world_size)
+            asked = dataclasses.replace(cfg.parallel, parallel="auto" if strategy == "alone" else strategy)
+            one = dataclasses.replace(cfg, data=data, parallel=asked)
+            row = measure(one, ranks, micro_steps, args.steps, args.profile)
+            rows.append({"ranks": ranks.world_size, "strategy": strategy, "micro_steps": micro_steps} | row)
+            if ranks.is_main:
+                print(json.dumps(rows[-1]), flush=True)
+                Path(args.rows).write_text(json.dumps(rows))
+            gc.collect()
+            torch.compiler.reset()
+            if ranks.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def add_rates(rows: list[dict[str, Any]], cfg: Config) -> None:
+    """tokens/s a rank, and its share of what one rank alone reaches with as many micro-steps."""
+    alone = {}
+    for row in rows:
+        tokens = row["micro_steps"] * cfg.data.batch_size * cfg.model.block_size
+        row["tokens_per_s_per_rank"] = round(1e3 * tokens / row["step_ms"])
+        if row["ranks"] == 1:
+            alone[row["micro_steps"]] = row["tokens_per_s_per_rank"]
+        base = alone.get(row["micro_steps"])
+        row["efficiency"] = round(row["tokens_per_s_per_rank"] / base, 4) if base else None
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    columns = ("ranks", "strategy", "micro_steps", "step_ms", "tokens_per_s_per_rank", "efficiency", "peak_gib", "parameters_gib")
+    columns += ("gradients_gib", "optimizer_gib", "activations_and_rest_gib", "exposed_communication_ms")
+    widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in columns]
+    for line in (dict(zip(columns, columns, strict=True)), *rows):
+        print("  ".join(str(line[name]).rjust(width) for name, width in zip(columns, widths, strict=True)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, one launch each")
+    parser.add_argument("--strategies", default="ddp,zero1,fsdp")
+    parser.add_argument("--micro_steps", default="1,4", help="micro-steps a rank")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--no_profile", dest="profile", action="store_false", help="do not measure exposed communication")
+    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--rows", help=argparse.SUPPRESS)  # a launch writes its figures here
+    args, knobs = parser.parse_known_args()
+    cfg = load_config(knobs)
+    if cfg.model.vocab_size == 0:
+        knobs.append("--vocab_size=50304")  # GPT-2's, padded
+        cfg = load_config(knobs)
+    if args.rows:
+        run_ranks(args, cfg)
+        return
+    rows: list[dict[str, Any]] = []
+    flags = [f"--{name}={value}" for name, value in vars(args).items() if name in ("strategies", "micro_steps", "steps")]
+    with tempfile.TemporaryDirectory() as folder:
+        for n in args.ranks.split(","):
+            path = Path(folder, f"{n}.json")
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+            own = [__file__, f"--rows={path}", *flags, *([] if args.profile else ["--no_profile"])]
+            done = subprocess.run([*launch, *own, *knobs])
+            rows += json.loads(path.read_text()) if path.exists() else []  # what was measured before a failure counts
+            if done.returncode:
+                print(f"the launch of {n} ranks ended with exit code {done.returncode}", file=sys.stderr)
+    add_rates(rows, cfg)
+    report(rows)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"config": cfg.model.architecture, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
