@@ -7,9 +7,11 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from configurator import ROOT, run_command
 from data.tokenizer import CharacterTokenizer
 from data.tokens import Manifest, SplitManifest
 
+Main = Callable[[list[str]], int | None]
 FORK = multiprocessing.get_context("forkserver")
 # 4 x 2 x 16 = 128 tokens a step; an epoch of the dataset below takes 25 steps.
 TINY = """--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2
@@ -54,8 +57,8 @@ def write_dataset(folder: Path, train_text: str, val_text: str) -> None:
 def nothing() -> None: ...
 
 
-def run_train(argv: list[str], stdout: Path, stderr: Path, prepare: Callable[[], None]) -> None:
-    """`python train.py ...` in the forked process."""
+def run_train(argv: list[str], stdout: Path, stderr: Path, prepare: Callable[[], None], main: Main | None) -> None:
+    """`python train.py ...` in the forked process, or another `main` with its arguments."""
     import train
 
     for number, path in ((1, stdout), (2, stderr)):
@@ -63,16 +66,30 @@ def run_train(argv: list[str], stdout: Path, stderr: Path, prepare: Callable[[],
             os.dup2(file.fileno(), number)
     prepare()
     sys.argv = ["train.py", *argv]
-    run_command(train.main)
+    run_command(main or train.main)
+
+
+def become_rank(rank: int, world_size: int, port: int, prepare: Callable[[], None]) -> None:
+    """The environment that torchrun gives a process."""
+    os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+    os.environ |= {name: str(world_size) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    prepare()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 class TrainingProcess:
     """A run of train.py, forked from a process that has imported it: real signals, without two seconds of imports each."""
 
-    def __init__(self, argv: list[str], output: Path, prepare: Callable[[], None]) -> None:
+    def __init__(self, argv: list[str], output: Path, prepare: Callable[[], None], main: Main | None) -> None:
         start_fork_server()
         self._files = output.with_suffix(".stdout"), output.with_suffix(".stderr")
-        self._process = FORK.Process(target=run_train, args=(argv, *self._files, prepare))
+        self._process = FORK.Process(target=run_train, args=(argv, *self._files, prepare, main))
         self._process.start()
 
     def wait(self, timeout_s: float = 60) -> int:
@@ -87,6 +104,10 @@ class TrainingProcess:
         while text not in self.output:
             assert self._process.is_alive() and time.monotonic() < deadline_s, f"no {text!r} in:\n{self.output}"
             time.sleep(0.001)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def send(self, number: int) -> None:
         if self._process.is_alive():
@@ -138,11 +159,29 @@ class Runs:
     def argv(self, out_dir: str, *flags: str) -> list[str]:
         return [*TINY, f"--data_dir={self.folder / 'data'}", "--dataset=tiny", f"--out_dir={self.folder / out_dir}", *flags]
 
-    def start(self, out_dir: str, *flags: str, prepare: Callable[[], None] = nothing) -> TrainingProcess:
-        """`prepare`, a module's function, is called in the new process before train.py's main."""
-        process = TrainingProcess(self.argv(out_dir, *flags), self.folder / f"run_{len(self._started)}", prepare)
+    def start(
+        self, out_dir: str, *flags: str, prepare: Callable[[], None] = nothing, main: Main | None = None
+    ) -> TrainingProcess:
+        """`prepare`, a module's function, is called in the new process before train.py's main, or the `main` in its place."""
+        process = TrainingProcess(self.argv(out_dir, *flags), self.folder / f"run_{len(self._started)}", prepare, main)
         self._started.append(process)
         return process
+
+    def start_ranks(
+        self, n: int, out_dir: str, *flags: str, prepare: Sequence[Callable[[], None]] = (), main: Main | None = None
+    ) -> list[TrainingProcess]:
+        """One process a rank; `prepare` has a function for each, or none."""
+        port, own = free_port(), prepare or [nothing] * n
+        become = [partial(become_rank, rank, n, port, own[rank]) for rank in range(n)]
+        return [self.start(out_dir, *flags, prepare=prepare_rank, main=main) for prepare_rank in become]
+
+    def run_ranks(self, n: int, out_dir: str, *flags: str, exit_code: int = 0, main: Main | None = None) -> str:
+        """A whole run of n ranks: what they printed, rank 0 first."""
+        processes = self.start_ranks(n, out_dir, *flags, main=main)
+        codes = [process.wait() for process in processes]
+        output = "".join(process.output for process in processes)
+        assert codes == [exit_code] * n, f"exit codes {codes}\n{output}"
+        return output
 
     def run(self, out_dir: str, *flags: str, exit_code: int = 0, prepare: Callable[[], None] = nothing) -> str:
         """A whole run: what it printed."""

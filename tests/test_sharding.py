@@ -1,0 +1,203 @@
+"""ddp, zero1 and fsdp: the same losses on any number of ranks, checkpoints that any set-up resumes, one end for all ranks.
+
+Over gloo on the CPU; where there are as many GPUs as ranks, over NCCL too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint_files
+import train
+from checkpoint_files import open_checkpoint
+from configurator import load_config
+from kernels import REFERENCE
+from model import build_model
+from optim import build_optimizer
+from parallel import start_ranks
+from precision import LossScale
+from sharding import own_rows, put_rows
+from startup import TrainState, choose_layout
+from tiny_runs import Runs, nothing
+
+STRATEGIES = ("ddp", "zero1", "fsdp")
+# 4 micro-steps for 1, 2 and 4 ranks, which cannot share the 27 rows of the embedding evenly. The width is a multiple of what a CPU
+# adds at a time: it computes the rest at the end of a tensor by other instructions, which round differently.
+SHAPE = "--gradient_accumulation_steps=4 --n_layer=2 --n_head=3 --n_embd=48 --vocab_size=27 --fsdp_min_num_params=0".split()
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    with Runs(tmp_path_factory.mktemp("sharding")) as runs:
+        yield runs
+
+
+@pytest.fixture(scope="module")
+def saved(runs: Runs) -> dict[tuple[int, str], str]:
+    """out_dir by (ranks, strategy) of nine runs of STEPS steps, each with its checkpoint."""
+    flags = [*SHAPE, f"--max_iters={STEPS}"]
+    for strategy in STRATEGIES:
+        runs.run(f"1-{strategy}", *flags, f"--parallel={strategy}")
+        for n in (2, 4):
+            runs.run_ranks(n, f"{n}-{strategy}", *flags, f"--parallel={strategy}")
+    return {(n, strategy): f"{n}-{strategy}" for n in (1, 2, 4) for strategy in STRATEGIES}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_zero1_is_bitwise_ddp(n: int, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+    assert runs.losses(saved[n, "zero1"]) == runs.losses(saved[n, "ddp"])
+    ddp, zero1 = runs.tensors(saved[n, "ddp"]), runs.tensors(saved[n, "zero1"])
+    assert ddp.keys() == zero1.keys() and all(torch.equal(ddp[name], zero1[name]) for name in ddp)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_do_not_depend_on_the_ranks(n: int, strategy: str, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+    alone, together = runs.log(saved[1, "ddp"]), runs.log(saved[n, strategy])
+    for one, many in zip(alone["training_iterations"], together["training_iterations"], strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert many["gradients"]["global_norm"] == pytest.approx(one["gradients"]["global_norm"], rel=1e-5)
+        assert many["tokens"] == one["tokens"] and many["ranks"]["slowest"] in range(n)
+
+
+def resume_all(argv: list[str]) -> None:
+    """On every rank of a launch: resumes each checkpoint with each strategy, and compares what the rank holds, bit by bit."""
+    with ExitStack() as stack:
+        cfg = load_config(argv)
+        ranks = start_ranks(cfg.run, cfg.parallel, stack)
+        for folder, strategy in itertools.product(sorted(Path(cfg.run.out_dir).parent.glob("?-*")), STRATEGIES):
+            checkpoint = open_checkpoint(folder / "checkpoints" / "latest")
+            layout, _ = choose_layout(replace(cfg, parallel=replace(cfg.parallel, parallel=strategy)), ranks, torch.float32)
+            model = build_model(cfg.model, ranks.device, 0, shard=layout.shard, put=put_rows)
+            layout.attach(model)
+            optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, REFERENCE.AdamW)
+            state = TrainState(model, layout, optimizer, LossScale(torch.float32, ranks.device), ranks, "")
+            state.restore(checkpoint)
+            layout.settle()
+            expected = checkpoint.read_tensors(checkpoint.metadata.state_dict_metadata)
+            for name, piece, _ in state.held():
+                rows = expected[name][piece.first_row :][: len(piece.rows)] if piece.shape else expected[name]
+                assert torch.equal(piece.rows, rows), (folder, strategy, name)
+            if strategy == "zero1":  # holds all of the weights
+                assert all(torch.equal(p, expected[f"model.{name}"]) for name, p in model.named_parameters())
+            assert (state.step, state.samples) == (STEPS, STEPS * cfg.data.batch_size * cfg.data.gradient_accumulation_steps)
+            print(f"{folder.name} by {strategy}: same")
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_every_checkpoint_resumes_everywhere(n: int, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+    """81 pairs in all: nine checkpoints, each by three strategies on 1, 2 and 4 ranks."""
+    output = runs.run_ranks(n, f"resume-{n}", *SHAPE, main=resume_all)
+    assert output.count(": same") == n * len(saved) * len(STRATEGIES)
+
+
+def test_a_resumed_run_is_the_run(runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+    """Bitwise, dropout and all: the random numbers of every rank go on where they were."""
+    flags = [*SHAPE, "--parallel=zero1", "--dropout=0.1"]
+    runs.run_ranks(2, "whole", *flags, "--max_iters=6")
+    runs.run_ranks(2, "parts", *flags, "--max_iters=3")
+    runs.run_ranks(2, "parts", *flags, "--max_iters=6", "--resume=latest")
+    assert runs.losses("parts") == runs.losses("whole")
+    parts, whole = runs.tensors("parts"), runs.tensors("whole")
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One end for all
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(strategy: str, runs: Runs) -> None:
+    out_dir = f"signal-{strategy}"
+    flags = [*SHAPE, f"--parallel={strategy}", "--max_iters=100000", "--eval_interval=5", "--eval_iters=2"]
+    processes = runs.start_ranks(2, out_dir, *flags)
+    processes[0].wait_for("Iter 7 ")
+    processes[1].send(signal.SIGTERM)
+    assert [process.wait() for process in processes] == [143, 143]
+    assert runs.tiers(out_dir)["latest"] == len(runs.losses(out_dir)) >= 7
+    assert runs.log(out_dir)["summary"]["status"] == "SIGTERM"
+
+
+def die_in_second_save() -> None:
+    write, saves = checkpoint_files._write_tensor_file, itertools.count(1)
+
+    def write_or_die(*args: object) -> object:
+        if next(saves) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*args)
+
+    checkpoint_files._write_tensor_file = write_or_die
+
+
+def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(runs: Runs) -> None:
+    flags = [*SHAPE, "--parallel=zero1", "--max_iters=100000", "--checkpoint_interval=4", "--step_timeout_s=20"]
+    processes = runs.start_ranks(2, "killed", *flags, prepare=[nothing, die_in_second_save])
+    assert [process.wait() for process in processes] == [1, -signal.SIGKILL]
+    assert runs.tiers("killed") == {"latest": 4}
+    checkpoint = runs.checkpoint("killed")
+    assert checkpoint.iter == 4 and checkpoint.read_tensors(["optim.final_norm.weight.step"]).popitem()[1] == 4
+
+
+def test_a_rank_that_hangs_ends_the_run(runs: Runs) -> None:
+    processes = runs.start_ranks(2, "hangs", *SHAPE, "--max_iters=100000", "--step_timeout_s=2")
+    processes[0].wait_for("Iter 3 ")
+    processes[1].send(signal.SIGSTOP)
+    t0_s = time.monotonic()
+    assert processes[0].wait() == 1 and time.monotonic() - t0_s < 15
+    assert "Timed out" in processes[0].stderr
+    processes[1].send(signal.SIGKILL)
+
+
+def fail_in_step_three() -> None:
+    update, steps = train.update, itertools.count(1)
+
+    def update_or_fail(*args: object, **kwargs: object) -> object:
+        if next(steps) == 3:
+            raise ZeroDivisionError("of rank 1")
+        return update(*args, **kwargs)
+
+    train.update = update_or_fail
+
+
+def test_the_first_cause_is_printed_once(runs: Runs) -> None:
+    processes = runs.start_ranks(2, "fails", *SHAPE, "--max_iters=100000", prepare=[nothing, fail_in_step_three])
+    assert [process.wait() for process in processes] == [1, 1]
+    assert "ZeroDivisionError: of rank 1" in processes[1].stderr
+    assert "rank 0 ends because another rank has failed" in processes[0].stderr and "Traceback" not in processes[0].stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gradient_accumulation_steps=7"], "the nearest that work: 6 and 8"),
+        (["--gradient_accumulation_steps=1"], "the nearest that work: 2"),
+        (["--use_fsdp", "--hsdp_shard_size=3"], "the nearest that do: 2"),
+        (["--device=cuda"], "pass --device=cpu"),
+        (["--dataset=missing"], "missing"),
+    ],
+)
+def test_bad_input_is_one_message_of_one_rank(flags: list[str], message: str, runs: Runs) -> None:
+    if "--device=cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    output = runs.run_ranks(2, "bad", *SHAPE, *flags, exit_code=2)
+    assert output.count("error: ") == 1 and message in output
+    assert not list((runs.folder / "bad").glob("run_*"))
+
+
+@pytest.mark.parametrize("n_shares", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_rows", [0, 1, 5, 8, 50_304])
+def test_rows_are_those_of_torch_chunk(n_rows: int, n_shares: int) -> None:
+    chunks = [chunk.tolist() for chunk in torch.arange(n_rows).chunk(n_shares)] if n_rows else []
+    rows = [list(range(*own_rows(n_rows, share, n_shares))) for share in range(n_shares)]
+    assert rows == [*chunks, *[[]] * (n_shares - len(chunks))]
