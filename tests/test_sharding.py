@@ -30,7 +30,7 @@ from startup import TrainState, choose_layout
 from tiny_runs import Runs, nothing
 
 STRATEGIES = ("ddp", "zero1", "fsdp")
-# 4 micro-steps for 1, 2 and 4 ranks, which cannot share the 27 rows of the embedding evenly. The width is a multiple of what a CPU
+# 4 micro-steps for 1, 2 and 4 ranks, which cannot share the embedding's 27 rows evenly. The width is a multiple of what a CPU
 # adds at a time: it computes the rest at the end of a tensor by other instructions, which round differently.
 SHAPE = "--gradient_accumulation_steps=4 --n_layer=2 --n_head=3 --n_embd=48 --vocab_size=27 --fsdp_min_num_params=0".split()
 STEPS = 6
@@ -110,6 +110,24 @@ def test_a_resumed_run_is_the_run(runs: Runs, saved: dict[tuple[int, str], str])
     assert runs.losses("parts") == runs.losses("whole")
     parts, whole = runs.tensors("parts"), runs.tensors("whole")
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_gpus(dtype: str, runs: Runs) -> None:
+    """NCCL, compiled, with the kernels that are chosen on a GPU: ddp = zero1 = fsdp = one GPU, and any resumes any."""
+    sizes = "--n_head=4 --n_embd=256 --batch_size=8 --normalization=rmsnorm --ffn_type=swiglu --position_encoding=rope".split()
+    flags = [*SHAPE, *sizes, "--device=cuda", "--compile=True", f"--dtype={dtype}", "--rolling_interval=6"]
+    flags.append(f"--max_iters={STEPS}")
+    runs.run(f"{dtype}-alone", *flags)
+    for strategy in STRATEGIES:
+        runs.run_ranks(2, f"{dtype}-{strategy}", *flags, f"--parallel={strategy}")
+    alone, ddp, zero1, fsdp = (list(runs.losses(f"{dtype}-{name}").values()) for name in ("alone", *STRATEGIES))
+    assert zero1 == ddp
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    assert ddp == pytest.approx(alone, rel=tolerance) and fsdp == pytest.approx(alone, rel=tolerance)
+    for strategy in STRATEGIES:
+        runs.run_ranks(2, f"{dtype}-ddp", *flags, "--max_iters=8", "--resume=rolling_step_6", f"--parallel={strategy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
