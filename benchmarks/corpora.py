@@ -44,27 +44,28 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a text file whose paragraphs make up the documents")
     parser.add_argument("--llama_tokenizer", type=Path, help="stands for the gated one of slimpajama_6b_llama")
     args = parser.parse_args()
-    print("| dataset | threads | s | MB/s | tokens/s | peak RSS, MiB | of it anonymous | documents | train tokens |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| dataset | s | MB/s | tokens/s | peak RSS, MiB | of it anonymous | documents | train tokens |")
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         for dataset in args.datasets:
             folder = Path(name) / dataset
             write_copy(folder, *HUB[dataset], args.text.read_text(encoding="utf-8"), int(args.gigabytes * 1e9))
             flags = ["--tokenizer", str(args.llama_tokenizer.resolve())] if dataset.endswith("llama") else []
             run = Preparation(folder, dataset, flags)
-            whole_s = run.start("whole", os.cpu_count())
-            killed_s = run.start("killed", 1, kill_after_s=whole_s / 2)
+            run.report(run.start("whole", os.cpu_count()))
+            half = (folder / "whole" / "train.bin").stat().st_size // 2
+            run.start("killed", 1, kill_at_bytes=half)
             run.start("killed", 1)
             same = run.hashes("whole") == run.hashes("killed")
-            print(f"{dataset}: killed after {killed_s:.0f} s and started again with one thread: same files: {same}", flush=True)
+            print(f"{dataset}: killed at half of train.bin, started again, one thread: same files: {same}", flush=True)
             shutil.rmtree(folder)
             if not same:
                 sys.exit(1)
 
 
-def documents(text: str, n_bytes: int) -> Iterator[str]:
+def documents(text: str, n_bytes: int, seed: str) -> Iterator[str]:
     """Up to 20 paragraphs each, in random order, until there are so many bytes."""
-    paragraphs, draw = text.split("\n\n"), random.Random(0)
+    paragraphs, draw = text.split("\n\n"), random.Random(seed)
     while n_bytes > 0:
         document = "\n\n".join(draw.choices(paragraphs, k=draw.randint(1, 20)))
         n_bytes -= len(document.encode())
@@ -82,9 +83,9 @@ def write_copy(folder: Path, name: str, kind: str, text: str, n_bytes: int) -> N
     for split, size in sizes.items():
         if kind == "jsonl":
             with (out / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps({"text": document}) + "\n" for document in documents(text, size))
+                file.writelines(json.dumps({"text": document}) + "\n" for document in documents(text, size, split))
         else:
-            rows = list(documents(text, size))
+            rows = list(documents(text, size, split))
             pyarrow.parquet.write_table(pyarrow.table({"text": rows}), out / f"{split}.parquet", row_group_size=ROWS)
 
 
@@ -94,36 +95,32 @@ class Preparation:
     def __init__(self, folder: Path, dataset: str, flags: list[str]) -> None:
         self.folder, self.dataset, self.flags = folder, dataset, flags
 
-    def start(self, out: str, threads: int, kill_after_s: float | None = None) -> float:
-        """Runs it to its end, and prints a row, or kills it. Returns the seconds it ran."""
+    def start(self, out: str, threads: int, kill_at_bytes: int | None = None) -> dict[str, float]:
+        """Runs it to its end, or until train.bin has so many bytes: seconds, and memory at its peak."""
         script = str(ROOT / "data" / self.dataset / "prepare.py")
         command = [sys.executable, script, "--out", str(self.folder / out), "--num_proc", str(threads), *self.flags]
         environment = os.environ | {"HF_HOME": str(self.folder / "cache"), "HF_HUB_OFFLINE": "1"}
-        t0_s = time.perf_counter()
+        part, peaks, t0_s = self.folder / out / "parts" / "train.bin", {"VmHWM": 0.0, "RssAnon": 0.0}, time.perf_counter()
         process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        peak_mib = anonymous_mib = 0.0
         while process.poll() is None:
-            peak_mib, anonymous_mib = (
-                max(peak_mib, memory(process.pid, "VmHWM")),
-                max(anonymous_mib, memory(process.pid, "RssAnon")),
-            )
-            if kill_after_s is not None and time.perf_counter() - t0_s > kill_after_s:
+            peaks = {name: max(peak, memory(process.pid, name)) for name, peak in peaks.items()}
+            if kill_at_bytes and part.exists() and part.stat().st_size >= kill_at_bytes:
                 process.kill()
-            time.sleep(0.2)
-        elapsed_s = time.perf_counter() - t0_s
-        if kill_after_s is None:
-            if process.returncode:
-                sys.exit(process.stderr.read().decode())
-            manifest = json.loads((self.folder / out / "manifest.json").read_text())
-            splits = [manifest["train"], manifest["val"]]
-            tokens, megabytes = sum(each["tokens"] for each in splits), sum(each["bytes"] for each in splits) / 1e6
-            print(
-                f"| {self.dataset} | {threads} | {elapsed_s:.0f} | {megabytes / elapsed_s:.1f} | {tokens / elapsed_s:,.0f} "
-                f"| {peak_mib:,.0f} | {anonymous_mib:,.0f} | {sum(each['documents'] for each in splits):,} "
-                f"| {manifest['train']['tokens']:,} |",
-                flush=True,
-            )
-        return elapsed_s
+            time.sleep(0.05)
+        if process.returncode != (-9 if kill_at_bytes else 0):
+            sys.exit(f"exit code {process.returncode}: {process.stderr.read().decode()}")
+        return {"elapsed_s": time.perf_counter() - t0_s, **peaks}
+
+    def report(self, figures: dict[str, float]) -> None:
+        manifest = json.loads((self.folder / "whole" / "manifest.json").read_text())
+        splits = [manifest["train"], manifest["val"]]
+        tokens, n_bytes, documents = (sum(each[key] for each in splits) for key in ("tokens", "bytes", "documents"))
+        elapsed_s, peak_mib, anonymous_mib = figures.values()
+        print(
+            f"| {self.dataset} | {elapsed_s:.0f} | {n_bytes / 1e6 / elapsed_s:.1f} | {tokens / elapsed_s:,.0f} | {peak_mib:,.0f} "
+            f"| {anonymous_mib:,.0f} | {documents:,} | {manifest['train']['tokens']:,} |",
+            flush=True,
+        )
 
     def hashes(self, out: str) -> list[str]:
         manifest = json.loads((self.folder / out / "manifest.json").read_text())
