@@ -17,6 +17,7 @@ from configurator import ModelConfig, UserError
 from data.tokenizer import CharacterTokenizer, train_bpe
 from data.tokens import Dataset
 from hf_convert import export_model
+from hf_format import TENSORS
 from model import build_model
 from pretrained import Pretrained, load_model, open_pretrained
 from startup import check_tokenizer
@@ -212,6 +213,15 @@ def test_training_starts_from_the_weights(runs):
     config = runs.log("start")["config"]
     assert config["values"]["n_embd"] == 16 and config["origins"]["n_embd"] == f"--init_from={runs.folder / 'hf'}"
     assert "number of parameters" in output
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
+def test_ranks_share_the_weights(runs, tmp_path, strategy):
+    """Two ranks start from a folder, and what they save is exported as the same folder again."""
+    flags = [f"--init_from={runs.folder / 'hf'}", "--max_iters=1", "--learning_rate=0", "--min_lr=0", "--fsdp_min_num_params=0"]
+    runs.run_ranks(2, strategy, *flags, f"--parallel={strategy}")
+    export_model(open_pretrained(str(runs.folder / strategy)), tmp_path / "hf", "float32", 10**9)
+    assert (tmp_path / "hf" / TENSORS).read_bytes() == (runs.folder / "hf" / TENSORS).read_bytes()
 
 
 def test_one_command_line_serves_the_first_start_and_every_restart(runs):
