@@ -39,6 +39,7 @@ from data.loader import SampleOrder
 from data.tokenizer import Tokenizer, load_tokenizer, same_ids
 from data.tokens import Dataset, padded_vocab_size
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
+from micro_step import GraphedMicroStep, MicroStep
 from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
@@ -353,6 +354,22 @@ def compile_model(
     set_random_state(before, device)
     say(f"compiled in {time.perf_counter() - t0_s:.1f} s")
     return forward
+
+
+def build_micro_step(forward: Callable[..., torch.Tensor], state: TrainState, cfg: Config, dtype: torch.dtype) -> MicroStep:
+    """A micro-batch forward and backward. Its loss is its share of the step's, without the scale; as a graph where that works."""
+    micro_steps, device = cfg.data.gradient_accumulation_steps // state.ranks.world_size, state.ranks.device
+
+    def micro_step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with autocast(device, dtype):
+            loss = forward(idx, targets) / micro_steps
+        (loss * state.loss_scale.scale).backward()
+        return loss.detach()
+
+    is_compiled = forward is not state.model
+    if cfg.run.cuda_graph and is_compiled and device.type == "cuda" and state.ranks.world_size == 1:
+        return GraphedMicroStep(micro_step, state.model.parameters())
+    return micro_step
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -26,6 +26,7 @@ from checkpoint import CheckpointStore
 from data.loader import Loader, SampleOrder, evaluation_batches
 from data.tokens import Dataset, load_dataset
 from generation import SampleOptions, generate
+from micro_step import MicroStep
 from model import build_model
 from optim import build_optimizer, describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
@@ -81,13 +82,14 @@ def train(cfg: Config, stack: ExitStack) -> int:
     notes = [*startup.marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.schedule_notes(cfg), *notes]
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
+    micro_step = startup.build_micro_step(forward, state, cfg, dtype)
     store = startup.open_store(cfg, checkpoint, log, ranks)
     stack.callback(store.close)  # waits until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
     ranks.set_timeout(cfg.parallel.step_timeout_s)
     readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint)
-    loop(Run(cfg, dataset, order, dtype, state, loader, forward, log, store, readback, stop, prompt, in_latest))
+    loop(Run(cfg, dataset, order, dtype, state, loader, forward, micro_step, log, store, readback, stop, prompt, in_latest))
     return stop.exit_code
 
 
@@ -102,6 +104,7 @@ class Run:
     state: TrainState
     loader: Loader
     forward: Callable[..., Tensor]  # the model, compiled where asked for
+    micro_step: MicroStep
     log: TrainingLogger
     store: CheckpointStore
     readback: ReadBack
@@ -150,10 +153,7 @@ def train_step(run: Run) -> None:
     loss = torch.zeros((), device=device)
     for number, (x, y) in enumerate(run.loader.step(), 1):  # (B, T) each, equally long: the mean of their means is the mean
         layout.begin(is_last=number == micro_steps)
-        with autocast(device, run.dtype):
-            micro_loss = run.forward(x, y) / micro_steps
-        (micro_loss * state.loss_scale.scale).backward()
-        loss += micro_loss.detach()
+        loss += run.micro_step(x, y)
     run.readback.mark()
     with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
     result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments, layout.gradients())

@@ -18,8 +18,10 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
-    "train": "startup checkpoint configurator data flops generation model optim parallel precision sharding training_logger",
-    "startup": "checkpoint configurator data flops kernels model optim parallel precision pretrained sharding training_logger",
+    "train": """startup checkpoint configurator data flops generation micro_step model optim parallel precision sharding
+        training_logger""",
+    "startup": """checkpoint configurator data flops kernels micro_step model optim parallel precision pretrained sharding
+        training_logger""",
     "generation": "configurator model",
     "hellaswag": "configurator data model parallel precision pretrained",
     "sample": "configurator data generation kernels model parallel precision pretrained",
@@ -30,6 +32,7 @@ MAY_IMPORT = {
     "checkpoint_files": "configurator parallel",
     "training_logger": "configurator run_file",
     "run_file": "",
+    "micro_step": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
     "sharding": "configurator optim parallel",
