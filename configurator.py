@@ -98,6 +98,9 @@ class ModelConfig:
         return f"{self.n_layer}L-{self.n_head}H-{self.n_embd}D-{position}-{norm}-{ffn}-{self.norm_position.capitalize()}Norm"
 
 
+NOT_SHAPE = ("dropout", "gradient_checkpointing", "loss_chunk_rows")  # knobs of ModelConfig that weights do not depend on
+
+
 @dataclass(frozen=True)
 class KernelConfig:
     norm_kernel: Kernel = "auto"  # LayerNorm, RMSNorm and the addition before: triton (GPUs only) or torch; auto is the faster

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint import FOLDER
 from checkpoint_files import Checkpoint, sync, write_checkpoint
-from configurator import Config, ModelConfig, UserError, run_command
+from configurator import NOT_SHAPE, Config, ModelConfig, UserError, run_command
 from data.tokenizer import Tokenizer
 from flops import count_parameters, flops_per_token
 from hf_format import FAMILIES, config_json, layout, model_type_of, parameter_shapes, theirs_from_ours, write_tensors
@@ -183,7 +183,7 @@ def run_of(checkpoint: Checkpoint) -> Run | None:
 
 
 def architecture(cfg: ModelConfig) -> dict[str, Any]:
-    return {name: value for name, value in vars(cfg).items() if name not in ("dropout", "gradient_checkpointing")}
+    return {name: value for name, value in vars(cfg).items() if name not in NOT_SHAPE}
 
 
 def training(run: Run, pretrained: Pretrained) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def state_of_import(pretrained: Pretrained) -> dict[str, Any]:
         "counters": {"step": 0, "samples": 0},
         "rng": {},
         "config": {"values": cfg.values(), "origins": {}},
-        "model": vars(pretrained.cfg),
+        "model": architecture(pretrained.cfg),
         "data": {**unknown, "vocab_size": pretrained.cfg.vocab_size},
     }
 

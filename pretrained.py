@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint import FOLDER, Checkpoint, find_checkpoint, is_checkpoint, tiers_in
-from configurator import GPT2_MODELS, DataConfig, ModelConfig, UserError, section_from
+from configurator import GPT2_MODELS, NOT_SHAPE, Config, DataConfig, ModelConfig, UserError, section_from
 from data.source import go_offline_without_network
-from data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer
+from data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer, same_ids
 from data.tokens import GPT2_VOCAB_SIZE, Dataset, dataset_folder, padded_vocab_size
 from hf_format import CONFIG, FAMILIES, READ_AS, TensorFolder, layout, model_config, ours_from_theirs, parameter_shapes
 
@@ -94,6 +94,42 @@ def load_weights(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             put(parameter, pretrained.read(name))
+
+
+def with_pretrained(cfg: Config) -> tuple[Config, Pretrained | None]:
+    """(the configuration with the model's shape as `init_from`'s weights have it, those weights); as it is where there are none.
+
+    `block_size` may be less than theirs. Raises UserError, also where another knob of the model was given another value.
+    """
+    if not cfg.checkpoint.pretrained:
+        return cfg, None
+    pretrained = open_pretrained(cfg.checkpoint.pretrained)
+    given = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") != "default"}
+    if "block_size" in given:
+        pretrained = pretrained.cropped(cfg.model.block_size)
+    shape = {name: value for name, value in vars(pretrained.cfg).items() if name not in NOT_SHAPE}
+    differing = [
+        f"{name}={getattr(cfg.model, name)!r} ({cfg.origins[name]})"
+        for name in given & shape.keys()
+        if getattr(cfg.model, name) != shape[name]
+    ]
+    if differing:
+        raise UserError(f"{pretrained.name} has another {', '.join(sorted(differing))}: leave these knobs out, its own are taken")
+    origins = cfg.origins | dict.fromkeys(shape, f"--init_from={cfg.checkpoint.pretrained}")
+    return replace(cfg, model=replace(cfg.model, **shape), origins=origins), pretrained
+
+
+def check_tokenizer(pretrained: Pretrained, dataset: Dataset) -> None:
+    """Raises UserError where the weights were trained on other tokens than the dataset's, as far as both tokenizers are known."""
+    try:
+        same = same_ids(load_tokenizer(dataset), pretrained.load_tokenizer())
+    except UserError:
+        return
+    if not same:
+        raise UserError(
+            f"{pretrained.name} has another tokenizer than {dataset.folder}: prepare the data with its own, "
+            "prepare.py --tokenizer=..."
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

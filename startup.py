@@ -34,9 +34,9 @@ from checkpoint import (
     open_checkpoint,
     set_aside,
 )
-from configurator import Config, UserError, nearest
+from configurator import NOT_SHAPE, Config, UserError, nearest
 from data.loader import SampleOrder
-from data.tokenizer import Tokenizer, load_tokenizer, same_ids
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from micro_step import GraphedMicroStep, MicroStep
@@ -44,11 +44,9 @@ from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
 from precision import LossScale, autocast
-from pretrained import Pretrained, load_weights, open_pretrained
+from pretrained import Pretrained, check_tokenizer, load_weights
 from sharding import LAYOUTS, Layout, put_rows
 from training_logger import Throughput, TrainingLogger, new_run_name
-
-NOT_SHAPE = ("dropout", "gradient_checkpointing", "loss_chunk_rows")  # model knobs that a resumed run may change
 
 
 def with_vocabulary(cfg: Config, dataset: Dataset, pretrained: Pretrained | None = None) -> Config:
@@ -179,42 +177,6 @@ def identity(cfg: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     """What a checkpoint must share with the run that resumes it: the model's shape, and the data with its tokenizer."""
     shape = {name: value for name, value in vars(cfg.model).items() if name not in NOT_SHAPE}
     return {"model": shape, "data": dataset.fingerprint()}
-
-
-def with_pretrained(cfg: Config) -> tuple[Config, Pretrained | None]:
-    """(the configuration with the model's shape as `init_from`'s weights have it, those weights); as it is where there are none.
-
-    `block_size` may be less than theirs. Raises UserError, also where another knob of the model was given another value.
-    """
-    if not cfg.checkpoint.pretrained:
-        return cfg, None
-    pretrained = open_pretrained(cfg.checkpoint.pretrained)
-    given = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") != "default"}
-    if "block_size" in given:
-        pretrained = pretrained.cropped(cfg.model.block_size)
-    shape = {name: value for name, value in vars(pretrained.cfg).items() if name not in NOT_SHAPE}
-    differing = [
-        f"{name}={getattr(cfg.model, name)!r} ({cfg.origins[name]})"
-        for name in given & shape.keys()
-        if getattr(cfg.model, name) != shape[name]
-    ]
-    if differing:
-        raise UserError(f"{pretrained.name} has another {', '.join(sorted(differing))}: leave these knobs out, its own are taken")
-    origins = cfg.origins | dict.fromkeys(shape, f"--init_from={cfg.checkpoint.pretrained}")
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **shape), origins=origins), pretrained
-
-
-def check_tokenizer(pretrained: Pretrained, dataset: Dataset) -> None:
-    """Raises UserError where the weights were trained on other tokens than the dataset's, as far as both tokenizers are known."""
-    try:
-        same = same_ids(load_tokenizer(dataset), pretrained.load_tokenizer())
-    except UserError:
-        return
-    if not same:
-        raise UserError(
-            f"{pretrained.name} has another tokenizer than {dataset.folder}: prepare the data with its own, "
-            "prepare.py --tokenizer=..."
-        )
 
 
 def claim_out_dir(cfg: Config, dataset: Dataset, ranks: Ranks, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:

@@ -31,6 +31,7 @@ from model import build_model
 from optim import build_optimizer, describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
 from precision import LossScale, autocast, choose_dtype
+from pretrained import with_pretrained
 from sharding import put_rows
 from startup import Prompt, TrainState
 from training_logger import StepRecord, TrainingLogger
@@ -48,7 +49,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     ranks = start_ranks(cfg.run, cfg.parallel, stack)
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
     stop = StopRequest(cfg.run.max_hours, ranks)
-    cfg, pretrained = startup.with_pretrained(cfg)
+    cfg, pretrained = with_pretrained(cfg)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.

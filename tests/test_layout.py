@@ -18,8 +18,8 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
-    "train": """startup checkpoint configurator data flops generation micro_step model optim parallel precision sharding
-        training_logger""",
+    "train": """startup checkpoint configurator data flops generation micro_step model optim parallel precision pretrained
+        sharding training_logger""",
     "startup": """checkpoint configurator data flops kernels micro_step model optim parallel precision pretrained sharding
         training_logger""",
     "generation": "configurator model",

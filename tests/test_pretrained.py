@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hf_convert
-from configurator import ModelConfig, UserError
+from configurator import ROOT, ModelConfig, UserError
 from data.tokenizer import CharacterTokenizer, train_bpe
 from data.tokens import Dataset
 from hf_convert import export_model
 from hf_format import TENSORS
 from model import build_model
-from pretrained import Pretrained, load_model, open_pretrained
-from startup import check_tokenizer
+from pretrained import Pretrained, check_tokenizer, load_model, open_pretrained
 from tiny_runs import Runs, tiny_text
 
 CPU = torch.device("cpu")
@@ -178,6 +180,18 @@ def test_folders_that_are_not_whole(tmp_path, change, says):
     change(tmp_path / "hf")
     with pytest.raises(UserError, match=says):
         open_pretrained(str(tmp_path / "hf")).load_tokenizer()
+
+
+def test_a_name_of_the_hub_is_found_in_the_cache(tmp_path):
+    """Without a network; what was downloaded once is laid out like this."""
+    cached = tmp_path / "hub" / "models--openai-community--gpt2-medium"
+    make(cached / "refs").joinpath("main").write_text("a1b2")
+    write_folder(make(cached / "snapshots") / "a1b2")
+    command = "from pretrained import open_pretrained as o; print(o('gpt2-medium').read('token_embedding.weight').sum().item())"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    weight = open_pretrained(str(cached / "snapshots" / "a1b2")).read("token_embedding.weight")
+    assert done.stdout == f"{weight.sum().item()}\n", done.stderr
 
 
 # --- train.py --init_from ----------------------------------------------------------------------------------------------
