@@ -26,6 +26,7 @@ import torch.distributed as dist
 from configurator import ParallelConfig, RunConfig, UserError, error_text
 
 T = TypeVar("T")
+MEETING_TIMEOUT_S = 300.0  # longest wait for all ranks to be there; nodes may start minutes apart
 
 
 @dataclass(frozen=True)
@@ -127,20 +128,22 @@ def start_ranks(run: RunConfig, cfg: ParallelConfig, stack: ExitStack) -> Ranks:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts; without it torch refuses to run
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(run.seed + rank)  # dropout must not be the same on all ranks
+    ranks = Ranks(rank, world_size, device)
     if world_size > 1:
-        connect(device, cfg.start_timeout_s)
+        connect(device)
         stack.callback(dist.destroy_process_group)
-    return Ranks(rank, world_size, device)
+        ranks.set_timeout(cfg.start_timeout_s)
+    return ranks
 
 
-def connect(device: torch.device, timeout_s: float) -> None:
+def connect(device: torch.device) -> None:
     """Joins the process group of torchrun's environment. Raises UserError where that fails."""
     if device.type == "cuda" and not dist.is_nccl_available():
         raise UserError("several GPUs need NCCL, which this PyTorch lacks; install a CUDA build of it, or pass --device=cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     gpu = device if device.type == "cuda" else None  # connects NCCL now and not in the first collective
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=gpu)
+        dist.init_process_group(backend, timeout=timedelta(seconds=MEETING_TIMEOUT_S), device_id=gpu)
     except (dist.DistError, ValueError) as error:  # a port in use, a host that is not there, an incomplete environment
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]

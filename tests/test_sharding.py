@@ -70,6 +70,18 @@ def test_losses_do_not_depend_on_the_ranks(n: int, strategy: str, runs: Runs, sa
         assert many["tokens"] == one["tokens"] and many["ranks"]["slowest"] in range(n)
 
 
+@pytest.mark.parametrize(
+    "knob", ["hsdp_shard_size=2", "fsdp_accumulate_whole=True", "fsdp_reshard_after_forward=False", "fsdp_min_num_params=1e9"]
+)
+def test_fsdp_by_other_knobs(knob: str, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+    """The same losses; and what four ranks have saved, one alone goes on with."""
+    n, out_dir = (4 if "hsdp" in knob else 2), knob.partition("=")[0]
+    output = runs.run_ranks(n, out_dir, *SHAPE, "--use_fsdp", f"--{knob}", f"--max_iters={STEPS}")
+    assert "Wrapping model with FSDP..." in output and "FSDP enabled with min_params=" in output
+    assert list(runs.losses(out_dir).values()) == pytest.approx(list(runs.losses(saved[1, "ddp"]).values()), rel=1e-6)
+    runs.run(out_dir, *SHAPE, f"--max_iters={STEPS + 1}", "--resume=latest")
+
+
 def resume_all(argv: list[str]) -> None:
     """On every rank of a launch: resumes each checkpoint with each strategy, and compares what the rank holds, bit by bit."""
     with ExitStack() as stack:

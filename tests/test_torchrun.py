@@ -1,0 +1,74 @@
+"""The launcher's side: scripts/slurm.sbatch on two nodes, which are two torchrun agents here, and what a failure does to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configurator import ROOT
+from tiny_runs import Runs, free_port
+
+# Each task of srun is an agent; it gets the script's command.
+SRUN = """#!/bin/bash
+shift
+"$@" & first=$!
+"$@" & second=$!
+wait $first && wait $second
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    with Runs(tmp_path) as runs:
+        yield runs
+
+
+def rank_process(out_dir: Path, rank: int) -> int:
+    """The process id of a rank of the run in out_dir."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if f"--out_dir={out_dir}".encode() in words and f"RANK={rank}".encode() in (folder / "environ").read_bytes().split(
+                b"\0"
+            ):
+                return int(folder.name)
+        except OSError:  # it has ended meanwhile, or is another user's
+            continue
+    raise AssertionError(f"no process is rank {rank} of {out_dir}")
+
+
+@pytest.mark.slow
+def test_two_nodes_go_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho 127.0.0.1\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"JOB_ID": "7", "SUBMIT_DIR": ROOT, "NNODES": 2, "GPUS_ON_NODE": 2, "JOB_NODELIST": "here"}
+    environment = os.environ | {f"SLURM_{name}": str(value) for name, value in job.items()}
+    environment |= {"PYTHON": sys.executable, "PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    flags = ["--gradient_accumulation_steps=4", "--parallel=zero1", "--max_iters=40", "--checkpoint_interval=5"]
+    output, out_dir = tmp_path / "job.txt", tmp_path / "nodes"
+    with output.open("wb") as file:
+        script = ["bash", ROOT / "scripts" / "slurm.sbatch", *runs.argv("nodes", *flags)]
+        batch = subprocess.Popen(script, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        deadline_s = time.monotonic() + 120
+        while "Iter 12 " not in output.read_text():
+            assert batch.poll() is None and time.monotonic() < deadline_s, output.read_text()
+            time.sleep(0.01)
+        os.kill(rank_process(out_dir, 3), signal.SIGKILL)
+        assert batch.wait(120) == 0, output.read_text()
+    finally:
+        if batch.poll() is None:
+            os.killpg(batch.pid, signal.SIGKILL)
+    assert "resuming" in output.read_text()
+    runs.run_ranks(4, "uninterrupted", *flags)
+    assert runs.losses("nodes") == runs.losses("uninterrupted")
