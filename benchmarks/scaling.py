@@ -40,9 +40,9 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     import kernels
     from model import build_model
     from optim import build_optimizer, update
-    from precision import autocast, choose_dtype
+    from precision import LossScale, choose_dtype
     from sharding import put_rows
-    from startup import choose_layout, compile_model
+    from startup import TrainState, build_micro_step, choose_layout, compile_model
 
     device, on_gpu = ranks.device, ranks.device.type == "cuda"
     dtype, ops = choose_dtype(cfg.run.dtype, device), kernels.choose(vars(cfg.kernels), device.type)[0]
@@ -57,20 +57,19 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     parameter_bytes = allocated() - start_bytes
     optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
     optimizer_bytes = allocated() - start_bytes - parameter_bytes
-    forward = compile_model(model, cfg, dtype, ranks, lambda line: None)
-    scale, gradient_bytes = torch.ones((), device=device), 0
+    state = TrainState(model, layout, optimizer, LossScale(dtype, device), ranks, run_name="")
+    micro_step = build_micro_step(compile_model(model, cfg, dtype, ranks, lambda line: None), state, cfg, dtype)
+    gradient_bytes = 0
     idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
 
     def step() -> None:
         nonlocal gradient_bytes
         for number in range(1, micro_steps + 1):
             layout.begin(is_last=number == micro_steps)
-            with autocast(device, dtype):
-                loss = forward(idx[0], idx[1]) / micro_steps
-            loss.backward()
+            micro_step(idx[0], idx[1])
         gradients = layout.gradients()
         gradient_bytes = sum(g.nbytes for g in gradients.tensors)
-        update(optimizer, cfg.optim, 1e-4, scale, with_moments=False, gradients=gradients)
+        update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
         layout.finish()
 
     for _ in range(WARMUP_STEPS):
