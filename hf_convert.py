@@ -208,9 +208,9 @@ def evaluations(run: Run) -> str:
     """The run's last evaluations."""
     if not run.eval_steps:
         return ""
-    columns = ("iter", "train_loss", "val_loss", "val_bits_per_byte")
+    columns = [name for name in run.eval_steps[-1] if name not in ("lr", "tokens", "wall_s")]
+    head = f"| {' | '.join(name.replace('_', ' ') for name in columns)} |\n|{'---|' * len(columns)}\n"
     rows = [" | ".join(cell(each.get(name)) for name in columns) for each in run.eval_steps[-5:]]
-    head = "| step | train loss | validation loss | bits per byte |\n|---|---|---|---|\n"
     return "## Evaluations\n\n" + head + "\n".join(f"| {row} |" for row in rows)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kernels import Operations
     from model import Transformer
 
-TOKENIZER_FOLDER = "tokenizer"  # of an out_dir whose weights were imported
+TOKENIZER_FOLDER = "tokenizer"  # of an out_dir
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
@@ -157,12 +157,12 @@ def _of_checkpoint(path: Path, which: str, data_dir: str) -> Pretrained:
 
 
 def _tokenizer_of_run(checkpoint: Checkpoint, data_dir: str) -> Tokenizer:
-    """The tokenizer of the dataset that the run was trained on; its tokens need not be on this machine."""
+    """The tokenizer that the run keeps in its out_dir; else that of its dataset, whose tokens need not be on this machine."""
     state = checkpoint.state
     data = section_from(DataConfig, state["config"]["values"])
-    folder = dataset_folder(replace(data, data_dir=data_dir or data.data_dir))
-    if state.get("weights_only"):
-        folder = checkpoint.path.parent.parent / TOKENIZER_FOLDER
+    folder = checkpoint.path.parent.parent / TOKENIZER_FOLDER
+    if data_dir or not folder.is_dir():
+        folder = dataset_folder(replace(data, data_dir=data_dir or data.data_dir))
     tokenizer = load_tokenizer(Dataset.without_tokens(folder, state["data"]["vocab_size"]))
     if state["data"].get("tokenizer_hash") not in (None, tokenizer.hash):
         raise UserError(f"the tokenizer in {folder} is not the one that {checkpoint.path} was trained with: prepare that again")

@@ -12,7 +12,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from checkpoint import (
 )
 from configurator import NOT_SHAPE, Config, UserError, nearest
 from data.loader import SampleOrder
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from micro_step import GraphedMicroStep, MicroStep
@@ -44,7 +44,7 @@ from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
 from precision import LossScale, autocast
-from pretrained import Pretrained, check_tokenizer, load_weights
+from pretrained import TOKENIZER_FOLDER, Pretrained, check_tokenizer, load_weights
 from sharding import LAYOUTS, Layout, put_rows
 from training_logger import Throughput, TrainingLogger, new_run_name
 
@@ -236,9 +236,14 @@ def in_latest(cfg: Config, checkpoint: Checkpoint | None) -> tuple[int, int] | N
     return None
 
 
-def open_store(cfg: Config, checkpoint: Checkpoint | None, log: TrainingLogger, ranks: Ranks) -> CheckpointStore:
-    """The run's checkpoints. Those of another run are set aside: only now, when nothing can be refused any more."""
+def open_store(
+    cfg: Config, dataset: Dataset, checkpoint: Checkpoint | None, log: TrainingLogger, ranks: Ranks
+) -> CheckpointStore:
+    """The run's checkpoints, and its tokenizer beside them. Those of another run are set aside: nothing is refused any more."""
     out_dir = Path(cfg.run.out_dir)
+    if ranks.is_main and not cfg.eval.eval_only:
+        with suppress(OSError):  # a disk that is full is no reason not to train
+            copy_tokenizer(dataset, out_dir / TOKENIZER_FOLDER)
     if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := ranks.agree(lambda: set_aside(out_dir))):
         log.line(line)
     own = ranks.with_own_group(cfg.parallel.start_timeout_s) if ranks.world_size > 1 else None

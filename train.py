@@ -84,7 +84,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)
-    store = startup.open_store(cfg, checkpoint, log, ranks)
+    store = startup.open_store(cfg, dataset, checkpoint, log, ranks)
     stack.callback(store.close)  # waits until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,7 @@ from configurator import UserError
 from data.source import go_offline_without_network
 from data.tokens import GPT2_VOCAB_SIZE, Dataset, padded_vocab_size, read_meta
 
+FILES = ("manifest.json", "meta.pkl", "tokenizer.json", "tokenizer.model")  # of a dataset: what load_tokenizer reads
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # what makers of tokenizers call it
 LOADING_S = 60.0  # a tokenizer is a few megabytes: whoever needs longer has no network
 
@@ -261,6 +263,15 @@ def load_tokenizer(dataset: Dataset) -> Tokenizer:
     if dataset.tokenizer_hash not in (None, tokenizer.hash):
         raise UserError(f"the tokenizer in {folder} is not the one its tokens were made with; run prepare.py again")
     return tokenizer
+
+
+def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
+    """Makes `folder` one that load_tokenizer takes in place of the dataset's, where that is not at hand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+        if (dataset.folder / name).exists():
+            shutil.copyfile(dataset.folder / name, folder / name)
 
 
 def open_tokenizer(name: str) -> Tokenizer:

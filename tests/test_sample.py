@@ -133,6 +133,21 @@ def test_bytes_that_never_become_a_character_come_at_the_end():
     assert row.end() == row.text == "\ufffd"
 
 
+def test_a_run_keeps_its_tokenizer(out_dir, tmp_path, capsys):
+    """Text comes from an out_dir alone, wherever it is copied."""
+    expected = run(capsys, out_dir, "--num_samples=1", "--start=a")
+    for name in ("checkpoints", "tokenizer"):
+        shutil.copytree(out_dir / name, tmp_path / "copy" / name)
+    state = tmp_path / "copy" / "checkpoints" / "latest" / "state.json"
+    assert str(out_dir.parent / "data") in state.read_text()
+    hidden = out_dir.parent / "data.hidden"
+    (out_dir.parent / "data").rename(hidden)
+    try:
+        assert run(capsys, tmp_path / "copy", "--num_samples=1", "--start=a") == expected
+    finally:
+        hidden.rename(out_dir.parent / "data")
+
+
 def test_another_tokenizer_is_refused(out_dir, tmp_path):
     write_dataset(tmp_path / "words", tiny_text(200).upper(), tiny_text(200))
     with pytest.raises(UserError, match="is not the one that"):
