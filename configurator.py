@@ -190,6 +190,16 @@ class RunConfig:
     cuda_graph: bool = True  # replay a compiled micro-step as one launch, on one GPU; evaluation then has memory of its own
     deterministic: bool = False  # bitwise reproducible on a GPU too, at some cost in speed
     max_hours: float | None = None  # save and stop after so many hours; none does not stop
+    profile: str = ""  # FIRST:END, such as 10:13: trace of the steps 10, 11 and 12, a table of their kernels; empty records none
+    memory_history: bool = False  # remember where every allocation came from, for the snapshot that out of memory leaves (GPUs)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    plan: bool = False  # print what this run would need and give (memory, time, loss) and stop: needs no GPU
+    num_gpus: int = 1  # of the plan
+    gpu: str = ""  # of the plan, such as H200 or A100-SXM4-80GB; empty takes this machine's, or an H200 where it has none
+    plan_mfu: float = 50.0  # percent: the MFU at which hours are stated, in the plan and in the start report
 
 
 @dataclass(frozen=True)
@@ -245,6 +255,7 @@ class Config:
     log: LogConfig = LogConfig()
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
+    plan: PlanConfig = PlanConfig()
     origins: dict[str, str] = field(default_factory=dict)  # knob -> "default", "config/x.py:12" or "command line"
 
     def values(self) -> dict[str, Any]:
@@ -527,7 +538,8 @@ def origin_of(names: Iterable[str], origins: dict[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_steps log_interval adam_eps norm_eps rope_theta
-    sample_tokens max_skipped_steps max_hours start_timeout_s step_timeout_s num_samples max_new_tokens""".split()
+    sample_tokens max_skipped_steps max_hours start_timeout_s step_timeout_s num_gpus plan_mfu num_samples
+    max_new_tokens""".split()
 NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
     eval_interval eval_iters sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs
     gradient_log_interval fsdp_min_num_params hsdp_shard_size seed loss_chunk_rows temperature top_k""".split()
@@ -553,6 +565,11 @@ def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
             f"is not scratch, resume, {', '.join(GPT2_MODELS)}, a file or folder that is there, or a hub name such as org/model",
         ),
         *failing(["device"], lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v), "is not one of auto, cpu, cuda, cuda:N"),
+        *failing(
+            ["profile"],
+            lambda v: v == "" or (re.fullmatch(r"[1-9]\d*:\d+", v) and int(v.split(":")[0]) < int(v.split(":")[1])),
+            "is no range of steps, counted from 1: type 10:13 for the steps 10, 11 and 12",
+        ),
         *failing(
             ["run_name"],
             lambda v: "/" not in v and v not in (".", ".."),

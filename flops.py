@@ -149,6 +149,28 @@ def peak_tflops(device_name: str, dtype: Precision) -> float | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ScalingLaw:
+    """Loss in nats a token after one pass over D tokens with N parameters: E + A / N^alpha + B / D^beta."""
+
+    E: float = 1.69
+    A: float = 406.4
+    alpha: float = 0.34
+    B: float = 410.7
+    beta: float = 0.28
+
+    def loss(self, n_parameters: float, n_tokens: float) -> float:
+        return self.E + self.A / n_parameters**self.alpha + self.B / n_tokens**self.beta
+
+    def best_split(self, compute_flops: float) -> tuple[float, float]:
+        """(N, D) of the lowest loss at 6 N D = `compute_flops` (Hoffmann et al. 2022, equation 4)."""
+        ratio = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        n_parameters = ratio * (compute_flops / 6) ** (self.beta / (self.alpha + self.beta))
+        return n_parameters, compute_flops / 6 / n_parameters
+
+
+HOFFMANN = ScalingLaw()  # Hoffmann et al. 2022, equation 10
+
+
 def loss_prediction(n_parameters: float, n_tokens: float) -> float:
-    """Loss in nats per token after one pass: 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28 (Hoffmann et al. 2022, equation 10)."""
-    return 1.69 + 406.4 / n_parameters**0.34 + 410.7 / n_tokens**0.28
+    return HOFFMANN.loss(n_parameters, n_tokens)

@@ -12,7 +12,10 @@ from typing import Literal
 from configurator import Config, ModelConfig
 from flops import Precision, count_parameters
 
+GIB = 2**30
 Strategy = Literal["ddp", "zero1", "fsdp"]
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
+LOGITS_BYTES = 2**31  # kernels/cross_entropy.py's CHUNK_BYTES
 USABLE = 0.92  # of a GPU's memory: the CUDA context, the buffers of NCCL and cuBLAS and the allocator's gaps take the rest
 
 # fmt: off
@@ -30,53 +33,58 @@ GPU_MEMORY_GIB: dict[str, float] = {  # by the names of flops.PEAKS; as drivers 
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """How a model's state lies over the ranks."""
-
-    strategy: Strategy = "ddp"
-    ranks: int = 1
-    shard_ranks: int = 0  # of fsdp: how many ranks hold one copy together (HSDP's shard size); 0: all
-    min_unit_params: int = 0  # of fsdp: smaller blocks are no units of their own and join the root
-    reshard_after_forward: bool = True  # of fsdp: a unit's gathered weights are dropped between its forward and its backward pass
-
-
-@dataclass(frozen=True)
 class MemoryUse:
     """Bytes on one GPU: what each component takes at most, and the peak, where not all are there at the same time."""
 
     parameters: int  # float32
     gradients: int  # float32
     optimizer: int  # AdamW's two moments
-    rounded_weights: int  # the weights in the arithmetic's dtype: autocast's copies, or what fsdp has gathered
+    weight_copies: int  # the weights in the arithmetic's dtype: autocast's copies, or what fsdp has gathered
     activations: int  # what the backward pass needs of the forward pass
-    logits: int  # overwritten by their gradient; with the head's gradient before it is made float32
+    logits: int  # as many as are held at a time, overwritten by their gradient; with the head's input and its gradients
     peak: int
 
 
-def predict_memory(cfg: Config, dtype: Precision, sharding: Sharding = Sharding()) -> MemoryUse:
+def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ranks: int = 1) -> MemoryUse:
     """The peak of a training step, weights and AdamW in float32, products in `dtype`; vocab_size must be known.
 
     Two moments can be the highest. When the backward pass begins, all activations and the logits are there; gradients only where
-    an earlier micro-step or a buffer of the all-reduce holds some (fsdp reduces in every micro-step, so its are sharded). When
-    it ends, activations are gone, but a compiled graph hands over all its gradients at once, beside those they are added to.
+    an earlier micro-step has left some. When it ends, activations are gone and all gradients there, with what is on its way to
+    them: a whole compiled model hands over all at once, among several ranks a unit does.
     """
-    m, s, width = cfg.model, sharding, bytes_of(dtype)
+    m, parallel, width = cfg.model, cfg.parallel, bytes_of(dtype)
     tokens, n = cfg.data.batch_size * m.block_size, count_parameters(m).total
-    shards = (s.shard_ranks or s.ranks) if s.strategy == "fsdp" else 1
+    shards = (parallel.hsdp_shard_size or ranks) if strategy == "fsdp" else 1
+    accumulates = cfg.data.gradient_accumulation_steps > ranks
     parameters = gradients = 4 * n // shards
-    optimizer = 8 * n // (s.ranks if s.strategy == "zero1" else shards)
-    rounded, arriving = fsdp_in_flight(m, width, s) if s.strategy == "fsdp" else (rounded_weights(m, width), gradients)
+    optimizer = 8 * n // (ranks if strategy == "zero1" else shards)
+    if strategy == "fsdp":
+        if parallel.fsdp_accumulate_whole and accumulates:
+            gradients += 4 * n
+        copies, arriving = fsdp_in_flight(cfg, width)
+    else:
+        copies, arriving = weight_copies(m, width), 4 * unit_parameters(m) if ranks > 1 else gradients * accumulates
     activations = tokens * kept_per_token(cfg, dtype)
-    logits = (tokens + m.n_embd) * m.vocab_size * width
+    _, logits = loss_bytes(cfg, dtype)
     # Behind the head the gradients inside a feed-forward take the logits' place, and what a block computes again.
     inside = tokens * width * (up_width(m) + m.ffn_hidden + m.n_embd)
     if m.gradient_checkpointing:
         inside += tokens * kept_in_block(cfg, dtype)
-    held = parameters + optimizer
-    if cfg.data.gradient_accumulation_steps > s.ranks or (s.strategy != "fsdp" and s.ranks > 1):
-        held += gradients
-    peak = held + max(rounded + activations + max(logits, inside), arriving)
-    return MemoryUse(parameters, gradients, optimizer, rounded, activations, logits, peak)
+    at_start = gradients * accumulates + copies + activations + max(logits, inside)
+    peak = parameters + optimizer + max(at_start, gradients + arriving)
+    return MemoryUse(parameters, gradients, optimizer, copies, activations, logits, peak)
+
+
+def first_that_fits(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Strategy | None:
+    """The first of ddp, zero1 and fsdp whose peak is usable memory of a GPU that has `memory_gib`; None where none is."""
+    usable = USABLE * memory_gib * GIB
+    return next((strategy for strategy in STRATEGIES if predict_memory(cfg, dtype, strategy, ranks).peak <= usable), None)
+
+
+def unit_parameters(m: ModelConfig) -> int:
+    """Of one block."""
+    count = count_parameters(m)
+    return (count.attention + count.ffn + count.norms) // m.n_layer
 
 
 def bytes_of(dtype: Precision) -> int:
@@ -89,35 +97,52 @@ def up_width(m: ModelConfig) -> int:
     return 2 * m.ffn_hidden if m.ffn_type == "swiglu" else m.ffn_hidden
 
 
-def rounded_weights(m: ModelConfig, width: int) -> int:
+def weight_copies(m: ModelConfig, width: int) -> int:
     """Autocast's copies, which the backward pass uses again; a block that is computed again makes them again."""
     if width == 4:
         return 0
     return width * (m.vocab_size * m.n_embd if m.gradient_checkpointing else count_parameters(m).matmul)
 
 
-def fsdp_in_flight(m: ModelConfig, width: int, s: Sharding) -> tuple[int, int]:
+def fsdp_in_flight(cfg: Config, width: int) -> tuple[int, int]:
     """(bytes of gathered weights when the backward pass begins, and of a unit's weights and gradients inside it).
 
-    The root, which is embeddings and head, stays gathered; of blocks that reshard, one is in use and one on its way. A unit's
-    gradients are made in `width` and reduced in float32.
+    The root, which is embeddings and head, is gathered by then; of blocks that reshard, one is in use and one on its way. The
+    gradients of a unit are made in `width` and reduced in float32.
     """
-    count = count_parameters(m)
-    unit = (count.attention + count.ffn + count.norms) // m.n_layer
-    if unit < s.min_unit_params:
-        return width * count.total, (width + 4) * count.total
-    root, n_gathered = count.total - m.n_layer * unit, min(2, m.n_layer) if s.reshard_after_forward else m.n_layer
+    m, total, unit = cfg.model, count_parameters(cfg.model).total, unit_parameters(cfg.model)
+    if unit < cfg.parallel.fsdp_min_num_params:
+        return width * total, (width + 4) * total
+    root, n_gathered = total - m.n_layer * unit, min(2, m.n_layer) if cfg.parallel.fsdp_reshard_after_forward else m.n_layer
     gathered = width * (root + n_gathered * unit)
     return gathered, gathered + (width + 4) * max(root, unit)
 
 
 def kept_per_token(cfg: Config, dtype: Precision) -> int:
-    """Bytes a token that the whole forward pass keeps for the backward pass, the logits not counted."""
-    m, width, stream = cfg.model, bytes_of(dtype), stream_bytes(dtype)
+    """Bytes a token that the forward pass keeps for the backward pass, but for head and loss."""
+    m, stream = cfg.model, stream_bytes(dtype)
     per_block = m.n_embd * stream if m.gradient_checkpointing else kept_in_block(cfg, dtype)
-    # Around the blocks: what the final norm keeps, or post-norm's embedding; the loss keeps two numbers a row.
-    ends = m.n_embd * (stream + width) + norm_statistics(m) if m.norm_position == "pre" else m.n_embd * width
-    return m.n_layer * per_block + ends + (m.n_embd if m.dropout else 0) + 8
+    # Around the blocks: the sum before the final norm, or post-norm's embedding; what goes into the head is counted there.
+    ends = m.n_embd * stream + norm_statistics(m) if m.norm_position == "pre" else 0
+    return m.n_layer * per_block + ends + (m.n_embd if m.dropout else 0)
+
+
+def loss_bytes(cfg: Config, dtype: Precision) -> tuple[int, int]:
+    """Bytes that head and loss (keep for the backward pass, need at most), but for the head's weight.
+
+    The Triton kernel makes both gradients of the head at once, the weight's in float32, and holds `loss_chunk_rows` rows of
+    logits, by itself equal chunks of up to LOGITS_BYTES. PyTorch keeps all logits (rows of a chunk, where that is set) and makes
+    the gradients in the backward pass.
+    """
+    m, width = cfg.model, bytes_of(dtype)
+    tokens, head = cfg.data.batch_size * m.block_size, m.vocab_size * m.n_embd
+    x = tokens * m.n_embd * width
+    if cfg.kernels.cross_entropy_kernel == "torch":
+        kept = x + min(m.loss_chunk_rows or tokens, tokens) * m.vocab_size * width + 8 * tokens
+        return kept, kept + head * width
+    chunks = -(-tokens * m.vocab_size * width // LOGITS_BYTES)
+    rows = min(m.loss_chunk_rows or -(-tokens // chunks), tokens)
+    return x + 4 * head, 2 * x + 4 * head + rows * m.vocab_size * width
 
 
 def kept_in_block(cfg: Config, dtype: Precision) -> int:

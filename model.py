@@ -245,8 +245,9 @@ class Transformer(nn.Module):
         recompute = self.cfg.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         branch = None  # (B, T, C): what the last block has yet to add to x
         for i, block in enumerate(self.blocks):
-            if recompute:
-                x, branch = checkpoint(block, x, branch, rope, use_reentrant=False)
+            if recompute:  # one tensor is kept a block, so the branch joins the stream before the border
+                x = x if branch is None else x + branch
+                x, branch = checkpoint(block, x, None, rope, use_reentrant=False)
             else:
                 x, branch = block(x, branch, rope, None if cache is None else cache.layers[i])
         if cache is not None:

@@ -36,15 +36,18 @@ from checkpoint import (
 )
 from configurator import NOT_SHAPE, Config, UserError, nearest
 from data.loader import SampleOrder
-from data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from data.tokenizer import copy_tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
+from evaluation import Prompt
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from micro_step import GraphedMicroStep, MicroStep
 from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
+from plan import start_section, three_digits
 from precision import LossScale, autocast
 from pretrained import TOKENIZER_FOLDER, Pretrained, check_tokenizer, load_weights
+from profiling import is_out_of_memory, out_of_memory_help
 from sharding import LAYOUTS, Layout, put_rows
 from training_logger import Throughput, TrainingLogger, new_run_name
 
@@ -250,14 +253,6 @@ def open_store(
     return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line, own)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What a text sample continues."""
-
-    tokenizer: Tokenizer
-    ids: list[int]
-
-
 def load_prompt(cfg: Config, dataset: Dataset) -> Prompt | None:
     """The prompt of text samples, where they are asked for; what is wrong with it is said now and not at the first sample."""
     if cfg.eval.sample_interval == 0 or cfg.eval.eval_only:
@@ -382,6 +377,9 @@ def start_report(
             "deterministic": cfg.run.deterministic,
             "seed": cfg.run.seed,
         },
+        "plan": start_section(
+            cfg, len(dataset.train), peak and peak * ranks.world_size, arithmetic, ranks.world_size if peak else 0
+        ),
         "output": output_info(cfg),
         "software": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
     }
@@ -447,11 +445,6 @@ def output_info(cfg: Config) -> dict[str, Any]:
     }
 
 
-def three_digits(value: float) -> float:
-    """Rounded to three significant digits, so that the figures of a tiny model are no zeros."""
-    return float(f"{value:.3g}")
-
-
 def gpu_memory_gb(device: torch.device) -> float | None:
     return round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if device.type == "cuda" else None
 
@@ -471,26 +464,3 @@ def explain(cfg: Config, error: Exception) -> Exception:
     if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
         return OutOfMemory(out_of_memory_help(cfg, error))
     return error
-
-
-def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def out_of_memory_help(cfg: Config, error: RuntimeError | MemoryError) -> str:
-    """Where the memory went, and the knobs that need less. The vocabulary may still be unknown: then it counts as GPT-2's."""
-    model = cfg.model if cfg.model.vocab_size else dataclasses.replace(cfg.model, vocab_size=50_304)
-    n = count_parameters(model).total
-    rows = [("weights, float32", 4 * n / 1e9), ("gradients, float32", 4 * n / 1e9), ("AdamW's two moments, float32", 8 * n / 1e9)]
-    if isinstance(error, torch.OutOfMemoryError):  # a GPU's
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9
-        rows.append(("activations and the rest, at the peak", max(0.0, peak_gb - 16 * n / 1e9)))
-        rows.append(("in use at the peak", peak_gb))
-        rows.append(("memory of the GPU", torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9))
-    table = "\n".join(f"  {name:40s} {gb:8.2f} GB" for name, gb in rows)
-    half, double = max(1, cfg.data.batch_size // 2), 2 * cfg.data.gradient_accumulation_steps
-    return (
-        f"out of memory: {(str(error) or 'MemoryError').splitlines()[0]}\n{table}\n"
-        f"What needs less: --batch_size={half} --gradient_accumulation_steps={double} (the same tokens a step), "
-        f"--gradient_checkpointing, a shorter --block_size (now {cfg.model.block_size:,}), fewer or narrower layers"
-    )

@@ -5,40 +5,38 @@ Read `train` from top to bottom: it is the table of contents of the whole system
 
 from __future__ import annotations
 
-from configurator import Config, answer_early, load_config, run_command
+from configurator import Config, answer_early, run_command
+from plan import config_or_plan
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
-    answer_early(load_config)
+    answer_early(config_or_plan)
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import startup
 from checkpoint import CheckpointStore
-from data.loader import Loader, SampleOrder, evaluation_batches
+from data.loader import Loader, SampleOrder
 from data.tokens import Dataset, load_dataset
-from generation import SampleOptions, generate
+from evaluation import Evaluator
 from micro_step import MicroStep
 from model import build_model
 from optim import build_optimizer, describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
-from precision import LossScale, autocast, choose_dtype
+from precision import LossScale, choose_dtype
 from pretrained import with_pretrained
+from profiling import Profiler
 from sharding import put_rows
-from startup import Prompt, TrainState
+from startup import TrainState
 from training_logger import StepRecord, TrainingLogger
 
 
 def main(argv: list[str]) -> int:
-    cfg = load_config(argv)
+    cfg = config_or_plan(argv)
     with ExitStack() as stack, ending_together(lambda error: startup.explain(cfg, error)):
         return train(cfg, stack)
 
@@ -84,13 +82,15 @@ def train(cfg: Config, stack: ExitStack) -> int:
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)
+    evaluator = Evaluator(cfg, dataset, dtype, model, forward, ranks, stop, prompt)
     store = startup.open_store(cfg, dataset, checkpoint, log, ranks)
     stack.callback(store.close)  # waits until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
     ranks.set_timeout(cfg.parallel.step_timeout_s)
     readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint)
-    loop(Run(cfg, dataset, order, dtype, state, loader, forward, micro_step, log, store, readback, stop, prompt, in_latest))
+    profiler = stack.enter_context(Profiler(cfg.run, state.run_name, ranks, log.line, readback.restart_clock))
+    loop(Run(cfg, dataset, order, state, loader, micro_step, log, store, evaluator, readback, profiler, stop, in_latest))
     return stop.exit_code
 
 
@@ -101,16 +101,15 @@ class Run:
     cfg: Config
     dataset: Dataset
     order: SampleOrder
-    dtype: torch.dtype
     state: TrainState
     loader: Loader
-    forward: Callable[..., Tensor]  # the model, compiled where asked for
     micro_step: MicroStep
     log: TrainingLogger
     store: CheckpointStore
+    evaluator: Evaluator
     readback: ReadBack
+    profiler: Profiler
     stop: StopRequest
-    prompt: Prompt | None  # of text samples, where they are asked for
     in_latest: tuple[int, int] | None  # what `latest` holds: finished steps, and the last of them that was evaluated
     overdue: bool = False  # rank 0 says that `latest` was last written checkpoint_minutes ago
     saved_s: float = field(default_factory=time.monotonic)  # when `latest` was last written
@@ -128,11 +127,13 @@ def loop(run: Run) -> None:
     run.readback.restart_clock()
     while state.step < cfg.optim.max_iters and not run.stop:
         epoch = run.order.epoch(state.samples)
-        train_step(run)
+        with run.profiler.step(state.step + 1):
+            train_step(run)
         report_steps(run, keep=run.readback.depth)
         improved = evaluate_if_due(run)
-        if run.prompt and due(state.step, cfg.eval.sample_interval) and not run.stop:
-            draw_sample(run, run.prompt)
+        if run.evaluator.prompt and due(state.step, cfg.eval.sample_interval) and not run.stop:
+            run.log.text(state.step, run.evaluator.sample(run.evaluator.prompt))
+            run.readback.restart_clock()
         if tiers := tiers_due(run, improved, epoch):
             save(run, tiers)
         run.store.poll()
@@ -214,51 +215,17 @@ def evaluate_if_due(run: Run) -> bool:
 def evaluate(run: Run) -> bool:
     """Log both splits' mean loss; True where validation is the best so far. A stop request ends it early, unlogged."""
     report_steps(run, keep=0)
-    state, val_split = run.state, run.dataset.val
-    # Where the whole validation split is asked for, the training split gives as many tokens.
-    train_iters = run.cfg.eval.eval_iters or math.ceil(len(val_split) / run.cfg.model.block_size / run.cfg.data.batch_size)
-    train_loss = split_loss(run, run.dataset.train, train_iters)
-    val_loss = split_loss(run, val_split, run.cfg.eval.eval_iters)
-    if train_loss is None or val_loss is None:
+    state, losses = run.state, run.evaluator.losses()
+    if losses is None:
         return False
-    bits_per_byte = val_loss / math.log(2) / run.dataset.val_bytes_per_token if run.dataset.val_bytes_per_token else None
-    run.log.evaluation(state.step, train_loss, val_loss, bits_per_byte, learning_rate(state.step, run.cfg.optim), state.tokens)
+    (train_loss, val_loss), lr = losses, learning_rate(state.step, run.cfg.optim)
+    run.log.evaluation(state.step, train_loss, val_loss, run.evaluator.bits_per_byte(val_loss), lr, state.tokens)
     run.readback.restart_clock()
     state.evaluated_step, state.val_loss = state.step, val_loss
     improved = math.isfinite(val_loss) and (state.best_val_loss is None or val_loss < state.best_val_loss)
     if improved:
         state.best_val_loss = val_loss
     return improved
-
-
-@torch.no_grad()
-def split_loss(run: Run, tokens: Any, iters: int) -> float | None:
-    """Mean loss, in nats a token, over `iters` micro-batches of a split (0: all of it); None after a stop request."""
-    ranks, cfg = run.state.ranks, run.cfg
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of losses, number of targets
-    run.state.model.eval()
-    try:
-        batches = evaluation_batches(tokens, cfg.model.block_size, cfg.data, iters, ranks.device, ranks.rank, ranks.world_size)
-        for x, y in tqdm(batches, "evaluating", delay=2, leave=False, disable=None):  # on a terminal, where it takes longer
-            if run.stop.ask():
-                return None
-            with autocast(ranks.device, run.dtype):
-                total += torch.stack([run.forward(x, y, reduction="sum"), (y >= 0).sum()])
-    finally:
-        run.state.model.train()
-    ranks.sum_(total)
-    return (total[0] / total[1]).item()
-
-
-def draw_sample(run: Run, prompt: Prompt) -> None:
-    """Log a continuation of `sample_prompt`; a generator of its own keeps it from moving the run's random numbers."""
-    state, cfg, device = run.state, run.cfg, run.state.ranks.device
-    ids, generator = torch.tensor([prompt.ids], device=device), torch.Generator(device).manual_seed(cfg.run.seed)  # (1, T)
-    options = SampleOptions(temperature=0.8, top_k=200, n_valid_ids=run.dataset.vocab_size)
-    with autocast(device, run.dtype), torch.compiler.set_stance("force_eager"):  # every length would be compiled
-        text = generate(state.model, ids, cfg.eval.sample_tokens, options, generator)
-    run.log.text(state.step, prompt.tokenizer.decode(text[0].tolist()))
-    run.readback.restart_clock()
 
 
 def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:

@@ -21,6 +21,7 @@ from configurator import Config, UserError
 from run_file import LISTS, RECORDS, RunFile, StepRecord, Throughput, log_path, read_log, step_record
 
 SUMMARY_S = 5.0  # the summary in the file is never older than this
+START_KNOBS = {"init_from", "resume", "run_name"}  # they say how a process was started, not what the run is
 BOLD, DIM, GREEN, RESET = "\033[1m", "\033[2m", "\033[32m", "\033[0m"
 
 
@@ -187,11 +188,18 @@ def import_tensorboard() -> tuple[Any, Any]:
 
 
 class TensorBoard:
-    def __init__(self, folder: Path, resume_iter: int | None) -> None:
+    def __init__(self, folder: Path, resume_iter: int | None, knobs: dict[str, Any]) -> None:
         self._summary, SummaryWriter = import_tensorboard()
+        from torch.utils.tensorboard.summary import hparams
+
         # From purge_step on, TensorBoard hides what an earlier process of this run wrote.
         purge_step = None if resume_iter is None else resume_iter + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=5)
+        # The first of the three describes an experiment and is left out: TensorBoard would take one run's for all of them, but
+        # without any it finds the knobs and figures of every run, and shows the knobs that differ.
+        table = {name: str(value) if isinstance(value, bool) else value for name, value in knobs.items() if value is not None}
+        _, start, self._end = hparams(table, {})
+        self._writer.file_writer.add_summary(start)
 
     def scalars(self, figures: dict[str, float], step: int) -> None:
         # One protocol buffer for all figures: a tenth of the time that add_scalar takes for each.
@@ -202,6 +210,7 @@ class TensorBoard:
         self._writer.add_text("sample", "    " + text.replace("\n", "\n    "), step)  # Markdown: indented is verbatim
 
     def close(self) -> None:
+        self._writer.file_writer.add_summary(self._end)
         self._writer.close()
 
 
@@ -269,7 +278,8 @@ class TrainingLogger:
         self._put_summary("running")
         self._sinks: list[TensorBoard | WeightsAndBiases] = []
         if cfg.log.use_tensorboard:
-            self._sinks.append(TensorBoard(board, resume_iter))
+            knobs = {name: value for name, value in cfg.values().items() if name not in START_KNOBS}
+            self._sinks.append(TensorBoard(board, resume_iter, knobs))
         if cfg.log.wandb_log:
             try:
                 self._sinks.append(WeightsAndBiases(out_dir, self._wandb_id, cfg))
@@ -386,7 +396,7 @@ class TrainingLogger:
 
         self._file = RunFile(path, sections, replayed(), self.line)
         was, now = old.get("config", {}).get("values", {}), self._cfg.values()
-        names = sorted(was.keys() & now.keys() - {"init_from", "resume", "run_name"})  # these say how a run was started
+        names = sorted(was.keys() & now.keys() - START_KNOBS)
         changed = {name: (was[name], now[name]) for name in names if was[name] != now[name]}
         notes = [f"{name} was {before!r}, is {after!r}" for name, (before, after) in changed.items()]
         message = "; ".join([f"resumed at step {resume_iter}; log in {path}", *notes])

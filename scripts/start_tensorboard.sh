@@ -3,6 +3,7 @@
 logdir=.
 if [[ $# -gt 0 && $1 != -* ]]; then
     logdir=$1
+    [[ -d $logdir/tensorboard ]] && logdir+=/tensorboard # the runs' names alone, without a folder before them
     shift
 fi
 exec "${PYTHON:-python}" -m tensorboard.main --logdir "$logdir" "$@"

@@ -18,10 +18,13 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
-    "train": """startup checkpoint configurator data flops generation micro_step model optim parallel precision pretrained
-        sharding training_logger""",
-    "startup": """checkpoint configurator data flops kernels micro_step model optim parallel precision pretrained sharding
-        training_logger""",
+    "train": """startup checkpoint configurator data evaluation flops micro_step model optim parallel plan precision pretrained
+        profiling sharding training_logger""",
+    "startup": """checkpoint configurator data evaluation flops kernels micro_step model optim parallel plan precision pretrained
+        profiling sharding training_logger""",
+    "evaluation": "configurator data generation model parallel precision",
+    "profiling": "configurator memory parallel plan",
+    "plan": "configurator data flops memory",
     "generation": "configurator model",
     "hellaswag": "configurator data model parallel precision pretrained",
     "sample": "configurator data generation kernels model parallel precision pretrained",

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import evaluation
 import precision
 import train
 from configurator import ROOT, Config, load_config
@@ -245,7 +246,7 @@ def test_an_evaluation_cut_short_is_made_up_for_once(runs: Runs) -> None:
 
 def dawdle_in_evaluations() -> None:
     """After step 0, half a second for every evaluation of a split."""
-    batches = train.evaluation_batches
+    batches = evaluation.evaluation_batches
 
     def slowly(*args: object) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for number, batch in enumerate(batches(*args)):
@@ -253,7 +254,7 @@ def dawdle_in_evaluations() -> None:
                 time.sleep(0.05)
             yield batch
 
-    train.evaluation_batches = slowly
+    evaluation.evaluation_batches = slowly
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 0), (signal.SIGUSR1, 0)])

@@ -516,6 +516,26 @@ def test_tensorboard_receives_the_same_figures(tmp_path: Path) -> None:
     assert "sample/text_summary" in board.Tags()["tensors"]
 
 
+def test_tensorboard_compares_the_knobs_of_runs(tmp_path: Path) -> None:
+    """Through the backend of TensorBoard's own table: the knobs of every run, and the last value of its figures."""
+    multiplexers = pytest.importorskip("tensorboard.backend.event_processing.plugin_event_multiplexer")
+    from tensorboard.plugins.hparams import metadata
+
+    for name, interval in (("a", 1), ("b", 5)):
+        logger = opened(tmp_path, name, use_tensorboard=True, log_interval=interval)
+        log_everything(logger, 5)
+        logger.close("finished")
+    runs = multiplexers.EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
+    found = {}
+    for name in ("a", "b"):
+        tags = runs.PluginRunToTagToContent("hparams")[name]
+        knobs = metadata.parse_session_start_info_plugin_data(tags[metadata.SESSION_START_INFO_TAG]).hparams
+        assert metadata.SESSION_END_INFO_TAG in tags and metadata.EXPERIMENT_TAG not in tags
+        assert knobs["weight_tying"].string_value == "True" and "run_name" not in knobs
+        found[name] = knobs["log_interval"].number_value
+    assert found == {"a": 1, "b": 5}
+
+
 def test_tensorboard_missing_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):

@@ -1,0 +1,141 @@
+"""--plan: what it prints, without torch and at once; and the start report's share of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import plan
+from configurator import ROOT, UserError, load_config
+from memory import GIB, predict_memory
+from tiny_runs import Runs, write_dataset
+
+LLAMA = ["config/full_llama_1.36b.py", "--gpu=H200"]
+
+
+def planned(*argv: str) -> str:
+    return plan.plan_text(load_config([*LLAMA, *argv]))
+
+
+def figure(text: str, name: str) -> float:
+    found = re.search(rf"^{name} +([\d,.]+)$", text, flags=re.M)
+    assert found, text
+    return float(found[1].replace(",", ""))
+
+
+def test_a_plan_needs_no_torch_and_no_time(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('there is no torch here')")
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *LLAMA, "--plan", "--num_gpus=4"],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert "1,294,159,104 parameters" in done.stdout and "4 x H200" in done.stdout
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
+def test_memory_is_the_predicted_one(strategy):
+    row = next(line for line in planned("--num_gpus=8").splitlines() if line.startswith(strategy)).split()
+    use = predict_memory(load_config(LLAMA), "bfloat16", strategy, 8)
+    assert row[1:8] == [f"{value / GIB:.2f}" for value in vars(use).values()]
+    assert row[8] == "yes"
+
+
+@pytest.mark.parametrize(("gpu", "strategy"), [("H200", "ddp"), ("RTX 4090", "zero1"), ("T4", "fsdp"), ("V100", "ddp")])
+def test_the_largest_batch_fits_and_the_next_does_not(gpu, strategy):
+    knobs = ["--num_gpus=4", f"--gpu={gpu}"]
+    row = next(line for line in planned(*knobs).splitlines() if line.startswith(strategy))
+    largest = int(row.split()[-1])
+    fits = [
+        next(line for line in planned(*knobs, f"--batch_size={size}").splitlines() if line.startswith(strategy)).split()[-2]
+        for size in (max(1, largest), largest + 1)
+    ]
+    assert fits == ["yes" if largest else "no", "no"]
+
+
+def test_time_and_loss():
+    """8.341 GF a token at half of 4 x 989.5 TFLOP/s are 237,253 tokens/s; L(N, D) at 6 B tokens is 2.77."""
+    text = planned("--num_gpus=4")
+    assert (figure(text, "steps"), figure(text, "tokens")) == (22_888, 22_888 * 262_144)
+    assert figure(text, "tokens per s") == 237_253
+    assert figure(text, "hours") == pytest.approx(22_888 * 262_144 / 237_253 / 3600, rel=1e-2)
+    assert figure(planned("--num_gpus=4", "--plan_mfu=25"), "hours") == pytest.approx(2 * figure(text, "hours"), rel=1e-2)
+    assert figure(text, "expected loss") == 2.77
+
+
+@pytest.mark.parametrize("knob", ["--vocab_size=65", "--n_layer=1 --n_embd=36", "--max_iters=100"])
+def test_no_loss_where_the_law_does_not_hold(knob):
+    assert "expected loss" not in planned(*knob.split())
+
+
+def test_epochs_of_prepared_data(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "words", "the cat sat on a mat " * 500, "one dog ran " * 300)
+    text = planned(f"--data_dir={tmp_path}", "--dataset=words", "--vocab_size=0")
+    tokens = 22_888 * 262_144
+    assert figure(text, "epochs") == pytest.approx(tokens / 10_500, rel=1e-2)
+    assert "not known" not in text
+
+
+def test_what_is_not_prepared_is_said():
+    text = planned("--dataset=openwebtext", "--vocab_size=0", "--data_dir=/nonexistent")
+    assert "epochs are not known: /nonexistent/openwebtext has no train.bin" in text and "counts as 50,304" in text
+
+
+def test_what_does_not_fit_names_what_does():
+    text = planned("--gpu=RTX 4090", "--num_gpus=2")
+    assert "what needs less" in text and "--gradient_checkpointing" in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [("h200", "H200"), ("NVIDIA H200", "H200"), ("H100", "H100 80GB HBM3"), ("A10", "A10"), ("4090", "GeForce RTX 4090")],
+)
+def test_names_of_gpus(asked, name):
+    assert plan.find_gpu(asked) == name
+
+
+def test_without_a_name_the_gpu_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert plan.find_gpu("") == "H200"
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'NVIDIA L40S'\necho 'NVIDIA L40S'\n")
+    driver.chmod(0o755)
+    assert plan.find_gpu("") == "L40S"
+
+
+@pytest.mark.parametrize("name", ["TPU", "H2000"])
+def test_unknown_gpu(name):
+    with pytest.raises(UserError, match=rf"--gpu={name}: .*known are .*H200.*T4") as error:
+        planned(f"--gpu={name}")
+    assert "\n" not in str(error.value)
+
+
+def test_gpus_that_do_not_share_the_micro_steps_evenly():
+    with pytest.raises(UserError, match="nearest: --gradient_accumulation_steps=15 and 18"):
+        planned("--num_gpus=3")
+
+
+def test_the_start_report_has_the_plan(tmp_path: Path) -> None:
+    with Runs(tmp_path) as runs:
+        runs.run("out", "--max_iters=2", "--run_name=mine", "--plan_mfu=40")
+    section = json.loads((tmp_path / "out" / "run_mine.json").read_text())["startup_info"]["plan"]
+    assert section["tokens"] == 256
+    assert section["hours"] is None  # a CPU has no peak rate
+
+
+def test_the_start_report_of_gpus():
+    cfg = load_config([*LLAMA])
+    section = plan.start_section(cfg, 10**10, 4 * 989.5, "bfloat16", 4)
+    assert section["hours"] == 7.02 and section["expected_loss"] == 2.77
+    peak = float(section["ddp_gib"].split("peak ")[1])
+    assert math.isclose(peak, predict_memory(cfg, "bfloat16", "ddp", 4).peak / GIB, abs_tol=0.01)
