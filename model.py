@@ -98,12 +98,13 @@ class KVCache:
         self.layers = [LayerCache(self) for _ in range(cfg.n_layer)]
         self._next_place = torch.empty(0, dtype=torch.int64)  # on the model's device once it is known
 
-    def begin(self, n_tokens: int, device: torch.device) -> None:
-        """Before a pass over so many new tokens: sets their `places` (T,), and `mask` (T, S), the places that each one sees."""
+    def begin(self, x: Tensor) -> None:
+        """Before a pass over tokens x (B, T, C): sets their `places` (T,), and `mask` (T, S), 0 where a token sees, else -inf."""
         if self._next_place.numel() == 0:
-            self._next_place = torch.zeros(1, dtype=torch.int64, device=device)
-        self.places = self._next_place + torch.arange(n_tokens, device=device)
-        self.mask = torch.arange(self.capacity, device=device) <= self.places[:, None]
+            self._next_place = torch.zeros(1, dtype=torch.int64, device=x.device)
+        self.places = self._next_place + torch.arange(x.shape[1], device=x.device)
+        is_later = torch.arange(self.capacity, device=x.device) > self.places[:, None]
+        self.mask = torch.zeros(is_later.shape, dtype=x.dtype, device=x.device).masked_fill_(is_later, -math.inf)
 
     def end(self, n_tokens: int) -> None:
         """After the pass."""
@@ -231,11 +232,11 @@ class Transformer(nn.Module):
         room = self.cfg.block_size if cache is None else min(self.cfg.block_size, cache.capacity)
         if end > room:
             raise ValueError(f"{end} tokens do not fit into a context of {room} (block_size={self.cfg.block_size})")
+        x = self.token_embedding(idx)  # (B, T, C)
         where: slice | Tensor = slice(start, end)
         if cache is not None:
-            cache.begin(idx.shape[1], idx.device)
+            cache.begin(x)
             where = cache.places
-        x = self.token_embedding(idx)  # (B, T, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[where]
         rope = (self.rope_cos[where], self.rope_sin[where]) if self.cfg.position_encoding == "rope" else None

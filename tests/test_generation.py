@@ -128,3 +128,14 @@ def test_a_decoder_may_hold_less_than_a_block(knobs):
     decoder, greedy = Decoder(model, 2, 9), SampleOptions(temperature=0)
     short = torch.cat((prompt, *draw_tokens(model, prompt, 6, greedy, decoder=decoder)), dim=1)
     assert torch.equal(short, generate(model, prompt, 20, greedy)[:, :9])
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@each_generating
+def test_generation_under_autocast(knobs, dtype):
+    """As train.py draws its samples: float32 weights, queries and keys in half precision."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, prompt = lively(replace(TINY, **knobs)).to(device), tokens(TINY, length=5).to(device)
+    with torch.autocast(device, dtype):
+        drawn = generate(model, prompt, 20, SampleOptions(temperature=0))
+    assert drawn.shape == (2, 25) and torch.equal(drawn[:, :5], prompt)
