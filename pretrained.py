@@ -40,6 +40,11 @@ class Pretrained:
     read: Callable[[str], torch.Tensor]  # a parameter by our name, on the CPU, in the dtype that it is stored in
     load_tokenizer: Callable[[], Tokenizer]  # raises UserError where there is none, or one of another vocabulary
     checkpoint: Checkpoint | None = None  # where it is one of ours
+    is_foreign: bool = False  # trained by others: a text begins as the tokenizer's maker has it, where ours begins plainly
+
+    def encode_prompt(self, text: str) -> list[int]:
+        tokenizer = self.load_tokenizer()
+        return tokenizer.encode_prompt(text) if self.is_foreign else tokenizer.encode(text)
 
     def cropped(self, block_size: int) -> Pretrained:
         """The same with a shorter context. Raises UserError for a longer one."""
@@ -153,7 +158,8 @@ def _of_checkpoint(path: Path, which: str, data_dir: str) -> Pretrained:
         return checkpoint.read_tensors([f"model.{name}"])[f"model.{name}"]
 
     name = f"{checkpoint.path}, step {checkpoint.iter}"
-    return Pretrained(name, cfg, read, cache(partial(_tokenizer_of_run, checkpoint, data_dir)), checkpoint)
+    load_tokenizer = cache(partial(_tokenizer_of_run, checkpoint, data_dir))
+    return Pretrained(name, cfg, read, load_tokenizer, checkpoint, is_foreign=checkpoint.state.get("weights_only", False))
 
 
 def _tokenizer_of_run(checkpoint: Checkpoint, data_dir: str) -> Tokenizer:
@@ -187,7 +193,7 @@ def _of_folder(folder: Path, name: str) -> Pretrained:
         found = ours_from_theirs(parameter, tensors, files.read)
         return torch.zeros(shapes[parameter]) if found is None else found
 
-    return Pretrained(name, cfg, read, cache(partial(_tokenizer_of_folder, folder, cfg.vocab_size)))
+    return Pretrained(name, cfg, read, cache(partial(_tokenizer_of_folder, folder, cfg.vocab_size)), is_foreign=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -244,7 +250,8 @@ def _of_nanogpt(path: Path, data_dir: str) -> Pretrained:
         sizes = {knob: saved["model_args"][knob] for knob in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
         weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
     except Exception as error:  # another file can fail in any way
-        raise UserError(f"{path} is no ckpt.pt of nanoGPT: {str(error).splitlines()[0][:200] or type(error).__name__}") from None
+        cause = (str(error) or type(error).__name__).split("\n")[0][:200]
+        raise UserError(f"{path} is no ckpt.pt of nanoGPT: {cause}") from None
     cfg = ModelConfig(**sizes)
     family = replace(FAMILIES["gpt2"], is_transposed=False)
     tensors = [tensor for tensor in layout(family, cfg, {}) if tensor.source]

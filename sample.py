@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--compile: sampling is compiled on a GPU only; leave it out")
     source = open_pretrained(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from, cfg.checkpoint, cfg.data_dir)
     tokenizer = source.load_tokenizer()
-    prompts = [tokenizer.encode(text) for text in texts]
+    prompts = [source.encode_prompt(text) for text in texts]
     if not all(prompts):
         raise UserError("--start: needs at least one character to continue")
     ops, _ = kernels.choose(vars(KernelConfig()), device.type)

@@ -61,6 +61,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """With the special tokens, such as LLaMA's <s>, that the tokenizer's maker puts around a text."""
+        return self.encode(text)
+
     def save(self, folder: Path) -> None:
         """Writes meta.pkl, and what load_tokenizer needs, into a dataset's folder."""
         _write_meta(folder, {"vocab_size": self.vocab_size})
@@ -180,6 +184,9 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self._backend.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 import hf_convert
 from configurator import ROOT, ModelConfig, UserError
-from data.tokenizer import CharacterTokenizer, train_bpe
+from data.tokenizer import CharacterTokenizer, JsonTokenizer, train_bpe
 from data.tokens import Dataset
 from hf_convert import export_model
 from hf_format import TENSORS
@@ -164,6 +167,18 @@ def test_weights_may_be_loaded_in_half_precision(tmp_path):
     assert {p.dtype for name, p in model.named_parameters() if "norm" not in name} == {torch.bfloat16}
     assert {p.dtype for name, p in model.named_parameters() if "norm" in name} == {torch.float32} == {model.rope_cos.dtype}
     assert model(torch.zeros(1, 3, dtype=torch.int64)).dtype == torch.bfloat16
+
+
+def test_a_folders_prompts_begin_as_its_maker_has_it(tmp_path):
+    """LLaMA's <s>, which the tokenizer.json of its folder adds; a run of ours was trained without it."""
+    backend = tokenizers.Tokenizer.from_str(train_bpe(300, [TEXT]).to_json())
+    backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    write_folder(tmp_path / "hf", JsonTokenizer("bpe", backend.to_str(), 0), replace(CFG, vocab_size=320))
+    source = open_pretrained(str(tmp_path / "hf"))
+    assert source.encode_prompt(TEXT) == AutoTokenizer.from_pretrained(tmp_path / "hf")(TEXT).input_ids
+    assert source.encode_prompt(TEXT) == [0, *source.load_tokenizer().encode(TEXT)]
+    hf_convert.main(["import", str(tmp_path / "hf"), str(tmp_path / "out")])
+    assert open_pretrained(str(tmp_path / "out")).encode_prompt(TEXT) == source.encode_prompt(TEXT)
 
 
 @pytest.mark.parametrize(
