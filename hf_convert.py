@@ -205,13 +205,14 @@ def training(run: Run, pretrained: Pretrained) -> dict[str, Any]:
 
 
 def evaluations(run: Run) -> str:
-    """The run's last evaluations."""
+    """The run's last evaluations of the loss, and the last one of HellaSwag."""
     if not run.eval_steps:
         return ""
     columns = [name for name in run.eval_steps[-1] if name not in ("lr", "tokens", "wall_s")]
     head = f"| {' | '.join(name.replace('_', ' ') for name in columns)} |\n|{'---|' * len(columns)}\n"
     rows = [" | ".join(cell(each.get(name)) for name in columns) for each in run.eval_steps[-5:]]
-    return "## Evaluations\n\n" + head + "\n".join(f"| {row} |" for row in rows)
+    scores = [f"\n\nStep {event['iter']}: {event['message']}" for event in run.events if event["kind"] == "score"][-1:]
+    return "## Evaluations\n\n" + head + "\n".join([f"| {row} |" for row in rows]) + "".join(scores)
 
 
 def draw_loss_curve(run: Run, path: Path) -> None:

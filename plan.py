@@ -1,7 +1,7 @@
 """What a run will need and give, before it starts: `python train.py CONFIG --plan [--num_gpus=N] [--gpu=NAME]`.
 
 Memory of a GPU under each strategy and what fits, steps, tokens, epochs, hours at a stated MFU, expected loss. All of it is
-arithmetic: no GPU and no torch. The start report shows the same of a run that begins.
+arithmetic: no GPU, and torch only to read the sizes of --init_from's weights. The start report of a run shows the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from configurator import Config, UserError, load_config, nearest
 from flops import PEAKS, Precision, count_parameters, flops_per_token, loss_prediction, peak_tflops
 from memory import GIB, GPU_MEMORY_GIB, STRATEGIES, USABLE, MemoryUse, Strategy, first_that_fits, predict_memory
+from pretrained import with_pretrained
 
 DEFAULT_GPU = "H200"
 UNKNOWN_VOCABULARY = 50_304  # GPT-2's, padded
@@ -35,9 +36,10 @@ def config_or_plan(argv: Sequence[str]) -> Config:
 
 
 def plan_text(cfg: Config) -> str:
-    """Raises UserError for a GPU that is not in the table, or a number of GPUs that does not divide the micro-steps."""
+    """Raises UserError: a GPU that is not in the table, ranks that do not divide the micro-steps, weights that are not there."""
     gpus, name = cfg.plan.num_gpus, find_gpu(cfg.plan.gpu)
     check_division(cfg.data.gradient_accumulation_steps, gpus)
+    cfg, _ = with_pretrained(cfg)
     cfg, train_tokens, notes = with_data(cfg)
     m, dtype = cfg.model, dtype_on(name, cfg.run.dtype)
     peak = peak_tflops(name, dtype)

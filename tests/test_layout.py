@@ -24,7 +24,7 @@ MAY_IMPORT = {
         profiling sharding training_logger""",
     "evaluation": "configurator data generation model parallel precision",
     "profiling": "configurator memory parallel plan",
-    "plan": "configurator data flops memory",
+    "plan": "configurator data flops memory pretrained",
     "generation": "configurator model",
     "hellaswag": "configurator data model parallel precision pretrained",
     "sample": "configurator data generation kernels model parallel precision pretrained",

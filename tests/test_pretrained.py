@@ -19,12 +19,14 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import hf_convert
-from configurator import ROOT, ModelConfig, UserError
+from configurator import ROOT, ModelConfig, UserError, load_config
 from data.tokenizer import CharacterTokenizer, JsonTokenizer, train_bpe
 from data.tokens import Dataset
+from flops import count_parameters
 from hf_convert import export_model
 from hf_format import TENSORS
 from model import build_model
+from plan import plan_text
 from pretrained import Pretrained, check_tokenizer, load_model, open_pretrained
 from tiny_runs import Runs, tiny_text
 
@@ -242,6 +244,11 @@ def test_training_starts_from_the_weights(runs):
     config = runs.log("start")["config"]
     assert config["values"]["n_embd"] == 16 and config["origins"]["n_embd"] == f"--init_from={runs.folder / 'hf'}"
     assert "number of parameters" in output
+
+
+def test_a_plan_is_of_the_weights_sizes(runs):
+    plan = plan_text(load_config([*runs.argv("plan"), f"--init_from={runs.folder / 'hf'}"]))
+    assert plan.startswith(f"{CFG.architecture}: {count_parameters(CFG).total:,} parameters")
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
