@@ -142,6 +142,9 @@ class EvalConfig:
     eval_interval: int = 2000  # steps between evaluations; 0 never evaluates
     eval_iters: int = 200  # micro-batches of each split in an evaluation; 0 takes the whole split
     eval_only: bool = False  # evaluate once and stop
+    hellaswag_interval: int = 0  # steps between evaluations on HellaSwag, which is done at the end as well; 0 never evaluates
+    hellaswag_source: str = ""  # its .jsonl file; empty downloads the validation set once
+    hellaswag_items: int = 0  # take so many items only; 0 takes all
     sample_interval: int = 0  # steps between text samples; 0 draws none
     sample_prompt: str = "\n"  # what a text sample continues
     sample_tokens: int = 200  # length of a text sample
@@ -240,6 +243,20 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: DType = "auto"  # of weights and arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
     compile: bool = False  # torch.compile the pass of one token: half a minute that long texts get back
+
+
+@dataclass(frozen=True)
+class HellaswagConfig:
+    """The knobs of hellaswag.py, which is a command of its own."""
+
+    out_dir: str = "out"  # of the run whose checkpoint is read
+    init_from: str = "resume"  # resume: out_dir's; or weights as train.py takes them: gpt2 ... gpt2-xl, a folder, a ckpt.pt
+    checkpoint: str = "best"  # best (the latest where none is marked best), latest, a tier's name or a checkpoint's folder
+    data_dir: str = ""  # the folder that holds the run's dataset, for its tokenizer; empty takes the run's own data_dir
+    source: str = ""  # a .jsonl file of items as HellaSwag publishes them; empty downloads the validation set once
+    limit: int = 0  # take so many items only, from the first one on; 0 takes all
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    dtype: DType = "auto"  # of weights and arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
 
 
 @dataclass(frozen=True)
@@ -541,8 +558,9 @@ POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_
     sample_tokens max_skipped_steps max_hours start_timeout_s step_timeout_s num_gpus plan_mfu num_samples
     max_new_tokens""".split()
 NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
-    eval_interval eval_iters sample_interval checkpoint_interval checkpoint_minutes rolling_interval keep_rolling keep_epochs
-    gradient_log_interval fsdp_min_num_params hsdp_shard_size seed loss_chunk_rows temperature top_k""".split()
+    eval_interval eval_iters hellaswag_interval hellaswag_items sample_interval checkpoint_interval checkpoint_minutes
+    rolling_interval keep_rolling keep_epochs gradient_log_interval fsdp_min_num_params hsdp_shard_size seed loss_chunk_rows
+    temperature top_k limit""".split()
 FRACTIONS = ["dropout", "beta1", "beta2"]
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a model between the steps of a run: the loss of both splits, and a sample of text."""
+"""What is measured of a model between the steps of a run: the loss of both splits, HellaSwag, a sample of text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from data.loader import evaluation_batches
 from data.tokenizer import Tokenizer
 from data.tokens import Dataset
 from generation import SampleOptions, generate
+from hellaswag import Questions, Score, log_likelihoods, score_of
 from model import Transformer
 from parallel import Ranks, StopRequest
 from precision import autocast
@@ -41,6 +42,7 @@ class Evaluator:
     ranks: Ranks
     stop: StopRequest
     prompt: Prompt | None  # of text samples, where they are asked for
+    questions: Questions | None  # of HellaSwag, where it is asked for
 
     def losses(self) -> tuple[float, float] | None:
         """Mean loss of the training and of the validation split, in nats a token; None after a stop request."""
@@ -55,14 +57,23 @@ class Evaluator:
         """What that loss is a byte of validation text; None where its bytes are not known."""
         return val_loss / math.log(2) / self.dataset.val_bytes_per_token if self.dataset.val_bytes_per_token else None
 
+    def hellaswag(self, questions: Questions) -> Score | None:
+        """None after a stop request."""
+        with torch.compiler.set_stance("force_eager"):  # every length would be compiled
+            scores = log_likelihoods(self.model, questions, self.ranks, self._autocast, self.stop.ask)
+        return None if scores is None else score_of(scores, questions)
+
     def sample(self, prompt: Prompt) -> str:
         """A continuation of the prompt; a generator of its own keeps it from moving the run's random numbers."""
         device, cfg = self.ranks.device, self.cfg
         ids, generator = torch.tensor([prompt.ids], device=device), torch.Generator(device).manual_seed(cfg.run.seed)  # (1, T)
         options = SampleOptions(temperature=0.8, top_k=200, n_valid_ids=self.dataset.vocab_size)
-        with autocast(device, self.dtype), torch.compiler.set_stance("force_eager"):  # every length would be compiled
+        with self._autocast(), torch.compiler.set_stance("force_eager"):  # every length would be compiled
             text = generate(self.model, ids, cfg.eval.sample_tokens, options, generator)
         return prompt.tokenizer.decode(text[0].tolist())
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.ranks.device, self.dtype)
 
     @torch.no_grad()
     def _split_loss(self, tokens: np.ndarray, iters: int) -> float | None:
@@ -77,7 +88,7 @@ class Evaluator:
             for x, y in tqdm(batches, "evaluating", delay=2, leave=False, disable=None):  # on a terminal, where it takes longer
                 if self.stop.ask():
                     return None
-                with autocast(ranks.device, self.dtype):
+                with self._autocast():
                     total += torch.stack([self.forward(x, y, reduction="sum"), (y >= 0).sum()])
         finally:
             self.model.train()

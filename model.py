@@ -111,6 +111,11 @@ class KVCache:
         self._next_place.add_(n_tokens)
         self.length += n_tokens
 
+    def repeat(self, times: int) -> None:
+        """Every row becomes so many, one behind the other, which may go on in different ways."""
+        for layer in self.layers:
+            layer.keys, layer.values = (rows.repeat_interleave(times, dim=0) for rows in (layer.keys, layer.values))
+
     def clear(self) -> None:
         """Forgets all tokens."""
         self._next_place.zero_()

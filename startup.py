@@ -40,6 +40,7 @@ from data.tokenizer import copy_tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
 from evaluation import Prompt
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
+from hellaswag import Questions, find_source, read_items, tokenize
 from micro_step import GraphedMicroStep, MicroStep
 from model import Transformer
 from optim import optimizer_tensors
@@ -265,6 +266,17 @@ def load_prompt(cfg: Config, dataset: Dataset) -> Prompt | None:
     if not ids:
         raise UserError(f"--sample_prompt={text!r}: needs at least one token to continue; or pass --sample_interval=0")
     return Prompt(tokenizer, ids)
+
+
+def load_questions(cfg: Config, dataset: Dataset, ranks: Ranks) -> Questions | None:
+    """HellaSwag in the run's tokens, where it is asked for; what is wrong with it is said now and not at the first evaluation."""
+    if cfg.eval.hellaswag_interval == 0:
+        return None
+    items = ranks.agree(lambda: read_items(find_source(cfg.eval.hellaswag_source)))
+    try:
+        return tokenize(items[: cfg.eval.hellaswag_items or None], load_tokenizer(dataset), cfg.model.block_size)
+    except UserError as error:
+        raise UserError(f"--hellaswag_interval={cfg.eval.hellaswag_interval}: {error}; pass 0 to leave it out") from None
 
 
 def choose_kernels(cfg: Config, device: torch.device) -> tuple[kernels.Operations, dict[str, str]]:

@@ -54,7 +54,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     dataset = load_dataset(cfg.data, cfg.model.block_size)
     cfg = startup.with_vocabulary(cfg, dataset, pretrained)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
-    prompt = startup.load_prompt(cfg, dataset)
+    prompt, questions = startup.load_prompt(cfg, dataset), startup.load_questions(cfg, dataset, ranks)
     layout, parallel = startup.choose_layout(cfg, ranks, dtype)
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, ranks, stack)
 
@@ -82,7 +82,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)
-    evaluator = Evaluator(cfg, dataset, dtype, model, forward, ranks, stop, prompt)
+    evaluator = Evaluator(cfg, dataset, dtype, model, forward, ranks, stop, prompt, questions)
     store = startup.open_store(cfg, dataset, checkpoint, log, ranks)
     stack.callback(store.close)  # waits until everything is on the disk
 
@@ -131,6 +131,7 @@ def loop(run: Run) -> None:
             train_step(run)
         report_steps(run, keep=run.readback.depth)
         improved = evaluate_if_due(run)
+        measure_hellaswag_if_due(run)
         if run.evaluator.prompt and due(state.step, cfg.eval.sample_interval) and not run.stop:
             run.log.text(state.step, run.evaluator.sample(run.evaluator.prompt))
             run.readback.restart_clock()
@@ -226,6 +227,18 @@ def evaluate(run: Run) -> bool:
     if improved:
         state.best_val_loss = val_loss
     return improved
+
+
+def measure_hellaswag_if_due(run: Run) -> None:
+    """At every interval and at the end; a stop request ends it early, unlogged."""
+    step, questions = run.state.step, run.evaluator.questions
+    at_end = step == run.cfg.optim.max_iters
+    if not questions or run.stop or not (due(step, run.cfg.eval.hellaswag_interval) or at_end):
+        return
+    report_steps(run, keep=0)
+    if score := run.evaluator.hellaswag(questions):
+        run.log.score(step, f"step {step}: {score}", {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
+    run.readback.restart_clock()
 
 
 def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:

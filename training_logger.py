@@ -336,6 +336,13 @@ class TrainingLogger:
         figures = {f"eval/{name}": loss for name, loss in losses.items() if loss is not None}
         self._tell(lambda sink: sink.scalars(figures, iter))
 
+    def score(self, iter: int, message: str, figures: dict[str, float]) -> None:
+        """Records what a benchmark gave: an event, and charts in the group eval/."""
+        if not self.active:
+            return
+        self.event("score", iter, message, **figures)
+        self._tell(lambda sink: sink.scalars({f"eval/{name}": value for name, value in figures.items()}, iter))
+
     def checkpoint(self, iter: int, tier: str, path: Path | str, val_loss: float | None, bytes: int, save_s: float) -> None:
         """Records a published checkpoint, and brings the log itself to the disk: what it resumes from is then on record."""
         if not self.active:

@@ -140,16 +140,22 @@ def local_source(path: Path, val_fraction: float) -> FileSource:
 
 def web_text(url: str, path: Path, val_fraction: float) -> FileSource:
     """A text from the web, kept at `path`. Raises UserError when it is not there and cannot be downloaded."""
+    return FileSource(url, [(path.name, download_once(url, path))], val_fraction)
+
+
+def download_once(url: str, path: Path) -> Path:
+    """`path`, which has the contents of `url` from the first time on. Raises UserError where they cannot be downloaded."""
     if not path.exists():
         try:
             with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT_S) as response:
-                text = response.read()
+                contents = response.read()
         except (OSError, HTTPException) as error:
             raise UserError(f"cannot download {url}: check the network, or pass --source with a local copy\n({error})") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        partial.write_bytes(text)
+        partial.write_bytes(contents)
         partial.replace(path)
-    return FileSource(url, [(path.name, path)], val_fraction)
+    return path
 
 
 def go_offline_without_network() -> None:

@@ -20,13 +20,13 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 MAY_IMPORT = {
     "train": """startup checkpoint configurator data evaluation flops micro_step model optim parallel plan precision pretrained
         profiling sharding training_logger""",
-    "startup": """checkpoint configurator data evaluation flops kernels micro_step model optim parallel plan precision pretrained
-        profiling sharding training_logger""",
-    "evaluation": "configurator data generation model parallel precision",
+    "startup": """checkpoint configurator data evaluation flops hellaswag kernels micro_step model optim parallel plan precision
+        pretrained profiling sharding training_logger""",
+    "evaluation": "configurator data generation hellaswag model parallel precision",
     "profiling": "configurator memory parallel plan",
     "plan": "configurator data flops memory pretrained",
     "generation": "configurator model",
-    "hellaswag": "configurator data model parallel precision pretrained",
+    "hellaswag": "configurator data kernels model parallel precision pretrained",
     "sample": "configurator data generation kernels model parallel precision pretrained",
     "hf_convert": "checkpoint checkpoint_files configurator data flops hf_format pretrained run_file visualize_training",
     "pretrained": "checkpoint configurator data hf_format kernels model",
