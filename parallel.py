@@ -158,8 +158,8 @@ def is_first_to_fail() -> bool:
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("nanotrain/failed", 1) == 1
-    except dist.DistError:  # the machine that keeps count is gone
-        return True
+    except dist.DistError:  # the process that keeps count is gone: it was the first
+        return False
 
 
 @contextmanager

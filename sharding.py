@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from configurator import ParallelConfig
+from configurator import Config, ParallelConfig, UserError, nearest
+from memory import GIB, USABLE, first_that_fits, predict_memory
 from optim import Gradients
 from parallel import Ranks
 
@@ -144,7 +145,9 @@ class Zero1(DataParallel):
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
-        self._gathers: dict[nn.Module, list[Any]] = {}  # by the module that reads the parameters: what is under way to them
+        self._gathers: dict[
+            nn.Module, list[tuple[Any, Part, Tensor]]
+        ] = {}  # by the module that reads the parameters: what is under way to them
         units = model.shard_units()
         for unit in (model, *units):
             unit.register_forward_pre_hook(lambda module, args: self._wait_for(module))
@@ -173,19 +176,23 @@ class Zero1(DataParallel):
     def finish(self) -> None:
         for reader, part in self._sharded:
             part.parameter.grad = None
-            self._gathers.setdefault(reader, []).extend(self._gather(part))
+            self._gathers.setdefault(reader, []).append(self._gather(part))
 
-    def _gather(self, part: Part) -> list[Any]:
-        """Starts bringing everybody's rows here."""
-        whole, n = part.parameter.detach(), self.ranks.world_size
-        if len(whole) % n == 0:
-            return [all_gather_single(whole.view(-1), part.rows.reshape(-1), async_op=True)]
-        spans = [own_rows(len(whole), rank, n) for rank in range(n)]
-        return [dist.broadcast(whole[a:b], rank, async_op=True) for rank, (a, b) in enumerate(spans) if a < b]
+    def _gather(self, part: Part) -> tuple[Any, Part, Tensor]:
+        """Starts bringing everybody's rows here: (the work, the part, where they arrive)."""
+        n, arriving = self.ranks.world_size, part.parameter.detach()
+        rows, n_rows = part.rows, -(-len(arriving) // n)
+        if len(arriving) % n:  # some have fewer rows, or none: all send as many, and what is too much is left out
+            arriving = arriving.new_zeros(n * n_rows, *arriving.shape[1:])
+            rows = arriving[self.ranks.rank * n_rows :][:n_rows]
+            rows[: len(part.rows)] = part.rows
+        return all_gather_single(arriving.view(-1), rows.view(-1), async_op=True), part, arriving
 
     def _wait_for(self, reader: nn.Module) -> None:
-        for work in self._gathers.pop(reader, []):
+        for work, part, arriving in self._gathers.pop(reader, []):
             work.wait()
+            if len(arriving) > len(part.parameter):
+                part.parameter.detach().copy_(arriving[: len(part.parameter)])
 
     def settle(self) -> None:
         for reader in list(self._gathers):
@@ -214,11 +221,12 @@ class FullyShard(Layout):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.dtype != torch.float32:
             policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        knobs = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": self.cfg.fsdp_reshard_after_forward}
+        reshard = self.cfg.fsdp_reshard_after_forward
         for unit in model.shard_units():
             if sum(p.numel() for p in unit.parameters()) >= self.cfg.fsdp_min_num_params:
-                fully_shard(unit, **knobs)
-        fully_shard(model, **knobs)
+                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        # The rest has the head, which the backward pass wants first.
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self._sharing = mesh.get_group(mesh.ndim - 1)
 
     def attach(self, model: nn.Module) -> None:
@@ -251,3 +259,33 @@ class FullyShard(Layout):
 
 
 LAYOUTS = {layout.name: layout for layout in (DataParallel, Zero1, FullyShard)}
+
+
+def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout, str]:
+    """(how the model lies on the ranks, what the report says of it). Raises UserError where the ranks cannot share the work."""
+    n, steps, size = ranks.world_size, cfg.data.gradient_accumulation_steps, cfg.parallel.hsdp_shard_size
+    if steps % n:
+        near = nearest([k * n for k in range(1, steps // n + 2)], steps)
+        raise UserError(
+            f"--gradient_accumulation_steps={steps} counts the micro-steps of all ranks together, and {n} ranks cannot share "
+            f"them evenly; the nearest that work: {near}"
+        )
+    if n == 1:
+        return Layout(ranks, cfg.parallel, dtype), "one process"
+    if size and n % size:
+        near = nearest([k for k in range(1, n + 1) if n % k == 0], size)
+        raise UserError(f"--hsdp_shard_size={size} does not divide the {n} ranks; the nearest that do: {near}")
+    asked = cfg.parallel.asked
+    name, why = choose_by_memory(cfg, ranks, dtype) if asked == "auto" else (asked, "as asked for")
+    return LAYOUTS[name](ranks, cfg.parallel, dtype), f"{name} over {n} ranks, {why}"
+
+
+def choose_by_memory(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[str, str]:
+    """(the first strategy whose predicted peak fits the GPU, why). The memory of a CPU is not predicted."""
+    if ranks.device.type == "cpu":
+        return "ddp", "the default on a CPU"
+    memory_gib, precision = torch.cuda.get_device_properties(ranks.device).total_memory / GIB, str(dtype).removeprefix("torch.")
+    name = first_that_fits(cfg, precision, ranks.world_size, memory_gib)
+    peak_gib = predict_memory(cfg, precision, name or "fsdp", ranks.world_size).peak / GIB
+    need = f"predicted to need {peak_gib:.1f} of {USABLE * memory_gib:.1f} usable GiB"
+    return name or "fsdp", f"the first that fits: {need}" if name else f"though {need}: nothing needs less"

@@ -34,7 +34,7 @@ from checkpoint import (
     open_checkpoint,
     set_aside,
 )
-from configurator import NOT_SHAPE, Config, UserError, nearest
+from configurator import NOT_SHAPE, Config, UserError
 from data.loader import SampleOrder
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
@@ -49,7 +49,7 @@ from plan import start_section, three_digits
 from precision import LossScale, autocast
 from pretrained import TOKENIZER_FOLDER, Pretrained, check_tokenizer, load_weights
 from profiling import is_out_of_memory, out_of_memory_help
-from sharding import LAYOUTS, Layout, put_rows
+from sharding import Layout, put_rows
 from training_logger import Throughput, TrainingLogger, new_run_name
 
 
@@ -145,26 +145,6 @@ def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretra
 def launch_id() -> str | None:
     """What torchrun calls this job; the same after each of its --max_restarts."""
     return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout, str]:
-    """(how the model lies on the ranks, what the report says of it). Raises UserError where the ranks cannot share the work."""
-    n, steps, size = ranks.world_size, cfg.data.gradient_accumulation_steps, cfg.parallel.hsdp_shard_size
-    if steps % n:
-        near = nearest([k * n for k in range(1, steps // n + 2)], steps)
-        raise UserError(
-            f"--gradient_accumulation_steps={steps} counts the micro-steps of all ranks together, and {n} ranks cannot share "
-            f"them evenly; the nearest that work: {near}"
-        )
-    if n == 1:
-        return Layout(ranks, cfg.parallel, dtype), "one process"
-    if size and n % size:
-        near = nearest([k for k in range(1, n + 1) if n % k == 0], size)
-        raise UserError(f"--hsdp_shard_size={size} does not divide the {n} ranks; the nearest that do: {near}")
-    name, why = cfg.parallel.asked, "as asked for"
-    if name == "auto":
-        name, why = "ddp", "by default"
-    return LAYOUTS[name](ranks, cfg.parallel, dtype), f"{name} over {n} ranks, {why}"
 
 
 def schedule_notes(cfg: Config) -> list[str]:

@@ -30,7 +30,7 @@ from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ra
 from precision import LossScale, choose_dtype
 from pretrained import with_pretrained
 from profiling import Profiler
-from sharding import put_rows
+from sharding import choose_layout, put_rows
 from startup import TrainState
 from training_logger import StepRecord, TrainingLogger
 
@@ -55,7 +55,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     cfg = startup.with_vocabulary(cfg, dataset, pretrained)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
     prompt, questions = startup.load_prompt(cfg, dataset), startup.load_questions(cfg, dataset, ranks)
-    layout, parallel = startup.choose_layout(cfg, ranks, dtype)
+    layout, parallel = choose_layout(cfg, ranks, dtype)
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, ranks, stack)
 
     # 3. Model: shapes on meta, then shard, then storage and initialisation, then (below, with a log to say so) compile.

@@ -41,8 +41,8 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     from model import build_model
     from optim import build_optimizer, update
     from precision import LossScale, choose_dtype
-    from sharding import put_rows
-    from startup import TrainState, build_micro_step, choose_layout, compile_model
+    from sharding import choose_layout, put_rows
+    from startup import TrainState, build_micro_step, compile_model
 
     device, on_gpu = ranks.device, ranks.device.type == "cuda"
     dtype, ops = choose_dtype(cfg.run.dtype, device), kernels.choose(vars(cfg.kernels), device.type)[0]

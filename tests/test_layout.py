@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "micro_step": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
-    "sharding": "configurator optim parallel",
+    "sharding": "configurator memory optim parallel",
     "parallel": "configurator",
     "optim": "configurator",
     "flops": "configurator",
@@ -51,7 +51,7 @@ MAY_IMPORT = {
 }
 # Packages that one place owns. The tests may import all of them.
 OWNERS = {
-    "torch.distributed": ("parallel", "sharding", "checkpoint", "checkpoint_files"),
+    "torch.distributed": ("parallel", "sharding", "checkpoint", "checkpoint_files", "benchmarks"),  # a benchmark simulates it
     "triton": ("kernels",),
     "transformer_engine": ("precision",),
     "transformers": ("hf_convert", "data", "benchmarks"),  # a benchmark runs it as a peer
@@ -64,6 +64,7 @@ COMMANDS = [
 ]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 TORCHRUN = {"nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "master_addr", "master_port"}
+TORCHRUN |= {"max_restarts", "nodes"}  # and sbatch
 
 
 def relative(path: Path) -> str:
