@@ -88,6 +88,14 @@ def test_greedy_text_is_that_of_transformers(out_dir, tmp_path, capsys):
     assert run(capsys, tmp_path, f"--init_from={tmp_path / 'hf'}", *flags) == ours
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [[], ["--compile"]], ids=("graph", "compiled"))
+def test_a_gpu_draws_the_same_text(out_dir, capsys, flags):
+    """In float32, with the kernels and the CUDA graph, and the tokens read back a step late; beyond the context too."""
+    common = ["--start=the c", "--num_samples=2", "--max_new_tokens=20", "--temperature=0"]
+    assert run(capsys, out_dir, *common, "--device=cuda", "--dtype=float32", *flags) == run(capsys, out_dir, *common)
+
+
 def test_a_continuation_ends_before_the_stop_text(out_dir, capsys):
     flags = ["--start=the c", "--num_samples=4", "--max_new_tokens=40"]
     free = run(capsys, out_dir, *flags).split(SEPARATOR)[:-1]
