@@ -109,7 +109,7 @@ def export_model(pretrained: Pretrained, folder: Path, dtype: str, shard_bytes: 
         write_tensors(partial, shapes, torch_dtype, lambda name: theirs_from_ours(tensors[name], read), shard_bytes)
         write_json(partial / "config.json", config)
         write_json(partial / "generation_config.json", special)
-        write_tokenizer(partial, tokenizer, cfg.block_size)
+        write_tokenizer(partial, tokenizer, cfg.block_size, is_plain=not pretrained.is_foreign)
         write_card(partial, folder.name, pretrained)
 
 
@@ -123,11 +123,13 @@ def special_ids(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     return ids
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
-    """tokenizer.json, and what AutoTokenizer needs beside it."""
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int, is_plain: bool = True) -> None:
+    """tokenizer.json, and what AutoTokenizer needs beside it. `is_plain` leaves out what its maker puts around a text."""
     import tokenizers
 
     definition = tokenizer.to_json()
+    if is_plain:
+        definition = json.dumps(json.loads(definition) | {"post_processor": None}, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8", newline="")
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
     settings["clean_up_tokenization_spaces"] = False

@@ -158,8 +158,8 @@ def _of_checkpoint(path: Path, which: str, data_dir: str) -> Pretrained:
         return checkpoint.read_tensors([f"model.{name}"])[f"model.{name}"]
 
     name = f"{checkpoint.path}, step {checkpoint.iter}"
-    load_tokenizer = cache(partial(_tokenizer_of_run, checkpoint, data_dir))
-    return Pretrained(name, cfg, read, load_tokenizer, checkpoint, is_foreign=checkpoint.state.get("weights_only", False))
+    tokenizer, is_foreign = cache(partial(_tokenizer_of_run, checkpoint, data_dir)), checkpoint.state.get("weights_only", False)
+    return Pretrained(name, cfg, read, tokenizer, checkpoint, is_foreign)
 
 
 def _tokenizer_of_run(checkpoint: Checkpoint, data_dir: str) -> Tokenizer:

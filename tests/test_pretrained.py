@@ -172,15 +172,17 @@ def test_weights_may_be_loaded_in_half_precision(tmp_path):
 
 
 def test_a_folders_prompts_begin_as_its_maker_has_it(tmp_path):
-    """LLaMA's <s>, which the tokenizer.json of its folder adds; a run of ours was trained without it."""
+    """LLaMA's <s>, which the tokenizer.json of its folder adds; a run of ours is trained without it, and exported without."""
     backend = tokenizers.Tokenizer.from_str(train_bpe(300, [TEXT]).to_json())
     backend.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    write_folder(tmp_path / "hf", JsonTokenizer("bpe", backend.to_str(), 0), replace(CFG, vocab_size=320))
-    source = open_pretrained(str(tmp_path / "hf"))
-    assert source.encode_prompt(TEXT) == AutoTokenizer.from_pretrained(tmp_path / "hf")(TEXT).input_ids
-    assert source.encode_prompt(TEXT) == [0, *source.load_tokenizer().encode(TEXT)]
-    hf_convert.main(["import", str(tmp_path / "hf"), str(tmp_path / "out")])
-    assert open_pretrained(str(tmp_path / "out")).encode_prompt(TEXT) == source.encode_prompt(TEXT)
+    tokenizer = JsonTokenizer("bpe", backend.to_str(), 0)
+    plain, ours = tokenizer.encode(TEXT), write_folder(tmp_path / "ours", tokenizer, replace(CFG, vocab_size=320))
+    assert AutoTokenizer.from_pretrained(tmp_path / "ours")(TEXT).input_ids == ours.encode_prompt(TEXT) == plain
+    export_model(replace(ours, is_foreign=True), tmp_path / "theirs", "float32", 10**9)
+    theirs = open_pretrained(str(tmp_path / "theirs"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "theirs")(TEXT).input_ids == theirs.encode_prompt(TEXT) == [0, *plain]
+    hf_convert.main(["import", str(tmp_path / "theirs"), str(tmp_path / "out")])
+    assert open_pretrained(str(tmp_path / "out")).encode_prompt(TEXT) == [0, *plain]
 
 
 @pytest.mark.parametrize(
