@@ -213,7 +213,7 @@ def evaluations(run: Run) -> str:
     columns = [name for name in run.eval_steps[-1] if name not in ("lr", "tokens", "wall_s")]
     head = f"| {' | '.join(name.replace('_', ' ') for name in columns)} |\n|{'---|' * len(columns)}\n"
     rows = [" | ".join(cell(each.get(name)) for name in columns) for each in run.eval_steps[-5:]]
-    scores = [f"\n\nStep {event['iter']}: {event['message']}" for event in run.events if event["kind"] == "score"][-1:]
+    scores = [f"\n\nAt {event['message']}" for event in run.events if event["kind"] == "score"][-1:]
     return "## Evaluations\n\n" + head + "\n".join([f"| {row} |" for row in rows]) + "".join(scores)
 
 

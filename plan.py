@@ -124,9 +124,10 @@ def memory_table(cfg: Config, dtype: Precision, gpus: int, memory_gib: float) ->
         use, largest = predict_memory(cfg, dtype, strategy, gpus), largest_batch(cfg, dtype, strategy, gpus, usable_gib)
         figures = (f"{value / GIB:{len(name) + 3}.2f}" for name, value in zip(names, vars(use).values(), strict=True))
         lines.append(f"{strategy:6s}{''.join(figures)}   {'yes' if largest >= cfg.data.batch_size else 'no':4s}  {largest}")
-    if chosen := first_that_fits(cfg, dtype, gpus, memory_gib):
+    chosen = first_that_fits(cfg, dtype, gpus, memory_gib)
+    if chosen and gpus > 1:
         lines.append(f"parallel=auto takes {chosen}")
-    else:
+    if not chosen:
         recomputed = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, gradient_checkpointing=True))
         peak_gib = predict_memory(recomputed, dtype, "fsdp", gpus).peak / GIB
         lines.append(
@@ -174,12 +175,9 @@ def start_section(cfg: Config, train_tokens: int, peak: float | None, dtype: Pre
     """The start report's share of the plan; `gpus` is 0 on a CPU, whose memory is not predicted."""
     figures = outlook(cfg, train_tokens, peak)
     section = {name: figures[name] for name in ("tokens", "assumed_mfu_percent", "hours", "expected_loss")}
-    for strategy in STRATEGIES if gpus else ():
-        use = {
-            name.replace("_", " "): f"{value / GIB:.2f}"
-            for name, value in vars(predict_memory(cfg, dtype, strategy, gpus)).items()
-        }
-        section[f"{strategy}_gib"] = ", ".join(f"{name} {value}" for name, value in use.items())
+    for strategy in STRATEGIES if gpus > 1 else STRATEGIES[:gpus]:
+        use = {name.replace("_", " "): value / GIB for name, value in vars(predict_memory(cfg, dtype, strategy, gpus)).items()}
+        section[f"{strategy}_gib" if gpus > 1 else "memory_gib"] = ", ".join(f"{name} {gib:.2f}" for name, gib in use.items())
     return section
 
 

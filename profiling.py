@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from configurator import Config, RunConfig
-from memory import GIB, predict_memory
+from memory import GIB, first_that_fits, predict_memory
 from parallel import Ranks
 from plan import UNKNOWN_VOCABULARY
 
@@ -106,16 +107,19 @@ def out_of_memory_help(cfg: Config, error: RuntimeError | MemoryError) -> str:
     vocab_size = cfg.model.vocab_size or UNKNOWN_VOCABULARY
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     dtype = cfg.run.dtype if cfg.run.dtype != "auto" else "bfloat16" if on_gpu else "float32"
-    rows = {name.replace("_", " "): value for name, value in vars(predict_memory(cfg, dtype)).items()}
+    ranks, strategy = int(os.environ.get("WORLD_SIZE", "1")), cfg.parallel.asked  # torchrun's: the ranks may not have met yet
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else math.inf
+    if strategy == "auto":
+        strategy = first_that_fits(cfg, dtype, ranks, memory / GIB) or "fsdp"
+    rows = {name.replace("_", " "): value for name, value in vars(predict_memory(cfg, dtype, strategy, ranks)).items()}
     if on_gpu:
-        rows["measured peak"] = torch.cuda.max_memory_allocated()
-        rows["memory of the GPU"] = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        rows |= {"measured peak": torch.cuda.max_memory_allocated(), "memory of the GPU": memory}
     half = max(1, batch_size // 2)
     more = math.ceil(cfg.data.gradient_accumulation_steps * batch_size / half)
     return "\n".join(
         [
             f"out of memory: {(str(error) or 'MemoryError').splitlines()[0]}",
-            "What a compiled step is predicted to need:",
+            f"What a compiled step is predicted to need, {ranks} x {strategy}:",
             *(f"  {name:20s} {value / GIB:10.2f} GiB" for name, value in rows.items()),
             *(write_snapshot(Path(cfg.run.out_dir) / SNAPSHOT) if on_gpu else []),
             f"What needs less: --batch_size={half} --gradient_accumulation_steps={more} (the same tokens a step), "

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ def make_items(text: str, n: int) -> list[dict[str, Any]]:
     lines = [line.strip() for line in text.splitlines() if len(line.strip()) > 15]
     items = []
     for _ in range(n):
-        length = draw.randrange(2, 7)
+        length = draw.randrange(3, 8)
         start = draw.randrange(len(lines) - length)
         passage = lines[start : start + length]
         marks = draw.choice(["", "", " [title] ", " [step] ", "  "])
@@ -98,10 +99,11 @@ def ours(folder: Path, source: Path, _: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="a run's out_dir or a Hugging Face folder")
+    parser.add_argument("models", nargs="*", help="a run's out_dir or a Hugging Face folder")
     parser.add_argument("--source", type=Path, help="items as HellaSwag publishes them")
     parser.add_argument("--text", type=Path, help="a text that items are made of")
     parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--keep_items", type=Path, help="write the items here as well, for hellaswag.py --source")
     parser.add_argument("--json", help="write the figures here as well")
     args = parser.parse_args()
     if bool(args.source) == bool(args.text):
@@ -118,6 +120,8 @@ def main() -> None:
         else:
             lines = [json.dumps(item) for item in make_items(args.text.read_text(encoding="utf-8"), args.items)]
         items.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if args.keep_items:
+            shutil.copy(items, args.keep_items)
         for number, source in enumerate(args.models):
             folder = Path(name) / str(number)
             export_model(open_pretrained(source), folder, "float32", 2 * 10**9)
