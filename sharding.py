@@ -145,9 +145,8 @@ class Zero1(DataParallel):
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
-        self._gathers: dict[
-            nn.Module, list[tuple[Any, Part, Tensor]]
-        ] = {}  # by the module that reads the parameters: what is under way to them
+        # By the module that reads the parameters: what is under way to them.
+        self._gathers: dict[nn.Module, list[tuple[Any, Part, Tensor]]] = {}
         units = model.shard_units()
         for unit in (model, *units):
             unit.register_forward_pre_hook(lambda module, args: self._wait_for(module))
@@ -241,7 +240,6 @@ class FullyShard(Layout):
 
     def begin(self, is_last: bool) -> None:
         self.model.set_requires_gradient_sync(is_last or not self.cfg.fsdp_accumulate_whole)
-        self.model.set_is_last_backward(is_last)
 
     def gradients(self) -> Gradients:
         parts = [part for part in self.parts.values() if len(part.rows)]  # AdamW passes over what has no gradient

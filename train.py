@@ -158,13 +158,13 @@ def train_step(run: Run) -> None:
         layout.begin(is_last=number == micro_steps)
         loss += run.micro_step(x, y)
     run.readback.mark()
-    with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
-    result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments, layout.gradients())
-    layout.finish()
-    state.loss_scale.update(result.overflow)
-    state.step, state.samples = state.step + 1, run.loader.position
     overdue = 0 < cfg.checkpoint.checkpoint_minutes <= (time.monotonic() - run.saved_s) / 60
     table = state.ranks.table(loss[None], [run.stop.code, run.readback.own_ms, overdue])  # (ranks, 4)
+    with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
+    result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments, layout.gradients())
+    layout.finish()  # what it brings is under way into the next forward pass: nothing else may be exchanged behind it here
+    state.loss_scale.update(result.overflow)
+    state.step, state.samples = state.step + 1, run.loader.position
     figures = torch.cat([table.flatten(), torch.stack([result.norm, result.overflow, *result.moments])])
     run.readback.push(QueuedStep(state.step, lr, 1e3 * run.loader.wait_s, state.tokens, logged), figures)
 
