@@ -60,14 +60,15 @@ FOLDER = "checkpoints"  # of out_dir
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """One tier that has been published; `save_s` counts from the call of save()."""
+    """One tier that has been published."""
 
+    iter: int
     tier: str
     path: Path
-    iter: int
-    bytes: int
-    save_s: float
     val_loss: float | None
+    bytes: int
+    save_s: float  # since the call of save()
+    stood_still_s: float  # what save() itself took
 
 
 class CheckpointStore:
@@ -102,11 +103,18 @@ class CheckpointStore:
         t0_s = time.perf_counter()
         self.wait()
         about = {"run_name": state["run_name"], "iter": iter, "val_loss": state.get("val_loss")}
-        args = (self._copy_to_host(as_pieces(tensors)), json.dumps(state, indent=1), about, tuple(tiers), t0_s)
+        pieces, text = self._copy_to_host(as_pieces(tensors)), json.dumps(state, indent=1)
+        stood_still_s = time.perf_counter() - t0_s
+        args = (pieces, text, about, tuple(tiers), (t0_s, stood_still_s))
         # Among several ranks it may wait for one that is gone: then it must not keep this process alive.
         self._writer = threading.Thread(target=self._write, args=args, name="checkpoint", daemon=self._ranks is not None)
         self._writer.start()
-        return time.perf_counter() - t0_s
+        return stood_still_s
+
+    def reserve(self, tensors: Mapping[str, torch.Tensor | Piece]) -> None:
+        """Begins to allocate what the first save() needs on the host: pinned memory takes a second for a few GB."""
+        self._writer = threading.Thread(target=self._allocate, args=(as_pieces(tensors),), name="checkpoint", daemon=True)
+        self._writer.start()
 
     def poll(self) -> None:
         """Passes on what the writer has to report. An error that is neither the disk's nor expected is raised here."""
@@ -131,22 +139,39 @@ class CheckpointStore:
         self.wait()
         self._host.clear()
 
+    def _allocate(self, pieces: dict[str, Piece]) -> None:
+        """Host copies of the pieces' shapes; those that are there are kept."""
+        import torch
+
+        on_gpu = [piece.rows.device for piece in pieces.values() if piece.rows.is_cuda]
+        if on_gpu:  # a new thread stands on GPU 0, where pinning memory would cost every rank a context
+            torch.cuda.set_device(on_gpu[0])
+        old, self._host = self._host, {}
+        for name, tensor in ((name, piece.rows) for name, piece in pieces.items()):
+            copy = old.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._host[name] = copy
+
     def _copy_to_host(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
         import torch
 
-        host = {}
+        self._allocate(pieces)
         for name, piece in pieces.items():
-            tensor, copy = piece.rows, self._host.get(name)
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            host[name] = copy.copy_(tensor.detach(), non_blocking=True)
+            self._host[name].copy_(piece.rows.detach(), non_blocking=True)
         if any(piece.rows.is_cuda for piece in pieces.values()):
             torch.cuda.synchronize()  # one wait for all copies
-        self._host = host
-        return {name: replace(piece, rows=host[name]) for name, piece in pieces.items()}
+        return {name: replace(piece, rows=self._host[name]) for name, piece in pieces.items()}
 
-    def _write(self, pieces: dict[str, Piece], state: str, about: dict[str, Any], tiers: tuple[str, ...], t0_s: float) -> None:
-        """The writer thread: one checkpoint under every name of `tiers`."""
+    def _write(
+        self,
+        pieces: dict[str, Piece],
+        state: str,
+        about: dict[str, Any],
+        tiers: tuple[str, ...],
+        times_s: tuple[float, float],
+    ) -> None:
+        """The writer thread: one checkpoint under every name of `tiers`. `times_s`: when save() was called, and what it took."""
         needed_bytes = sum(math.prod(piece.shape) * piece.rows.itemsize for piece in pieces.values()) + len(state)
         try:
             folder = self._root / f".writing-{tiers[0]}"
@@ -154,7 +179,7 @@ class CheckpointStore:
             about |= {"saved_at": saved_at}
             manifest = write_checkpoint(folder, pieces, state, about, self._ranks)
             if self._ranks is None or self._ranks.is_main:
-                self._publish_all(folder, manifest, tiers, t0_s)
+                self._publish_all(folder, manifest, tiers, times_s)
         except OSError as error:
             self._reports.put(self._warning(error, about["iter"], needed_bytes))
         except BaseException as error:
@@ -171,7 +196,7 @@ class CheckpointStore:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return _next_saved_at(self._root)
 
-    def _publish_all(self, folder: Path, manifest: dict[str, Any], tiers: tuple[str, ...], t0_s: float) -> None:
+    def _publish_all(self, folder: Path, manifest: dict[str, Any], tiers: tuple[str, ...], times_s: tuple[float, float]) -> None:
         """Gives the finished checkpoint all its names, and deletes those that are too many now."""
         published = _publish(folder, tiers[0])
         for tier in tiers:
@@ -179,9 +204,9 @@ class CheckpointStore:
                 linked = self._root / f".writing-{tier}"
                 link_checkpoint(published, linked)
                 published = _publish(linked, tier)
-            elapsed_s = time.perf_counter() - t0_s
-            args = (tier, published, manifest["iter"], _size_bytes(manifest), elapsed_s, manifest["val_loss"])
-            self._reports.put(SavedCheckpoint(*args))
+            save_s, stood_still_s = time.perf_counter() - times_s[0], times_s[1]
+            about = manifest["iter"], tier, published, manifest["val_loss"], _size_bytes(manifest)
+            self._reports.put(SavedCheckpoint(*about, save_s, stood_still_s))
         self._prune()
 
     def _warning(self, error: OSError, iter: int, needed_bytes: int) -> str:

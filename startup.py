@@ -231,7 +231,7 @@ def open_store(
     if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := ranks.agree(lambda: set_aside(out_dir))):
         log.line(line)
     own = ranks.with_own_group(cfg.parallel.start_timeout_s) if ranks.world_size > 1 else None
-    return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(**vars(saved)), log.line, own)
+    return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(vars(saved)), log.line, own)
 
 
 def load_prompt(cfg: Config, dataset: Dataset) -> Prompt | None:

@@ -121,6 +121,7 @@ def loop(run: Run) -> None:
     if cfg.eval.eval_only:
         evaluate(run)
         return
+    run.store.reserve(state.to_save())
     improved = evaluate_if_due(run)  # at step 0; after a resume the evaluation that a stop cut short
     if state.step > 0 and run.in_latest != (state.step, state.evaluated_step):
         save(run, ["latest", "best_model"] if improved else ["latest"])

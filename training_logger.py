@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -343,12 +343,16 @@ class TrainingLogger:
         self.event("score", iter, message, **figures)
         self._tell(lambda sink: sink.scalars({f"eval/{name}": value for name, value in figures.items()}, iter))
 
-    def checkpoint(self, iter: int, tier: str, path: Path | str, val_loss: float | None, bytes: int, save_s: float) -> None:
-        """Records a published checkpoint, and brings the log itself to the disk: what it resumes from is then on record."""
+    def checkpoint(self, saved: Mapping[str, Any]) -> None:
+        """Records a published checkpoint (iter, tier, path, val_loss, bytes, save_s; stood_still_s is what training lost).
+
+        Brings the log itself to the disk: what it resumes from is then on record.
+        """
         if not self.active:
             return
-        record = {"iter": iter, "tier": tier, "path": path, "val_loss": val_loss, "bytes": bytes, "save_s": round(save_s, 3)}
-        self._console.print(f"checkpoint {tier} at step {iter}: {path} ({figure(bytes / 1e9)} GB in {save_s:.1f} s)")
+        record = {name: round(value, 3) if name.endswith("_s") else value for name, value in saved.items()}
+        what, size_gb = f"{record['tier']} at step {record['iter']}", figure(record["bytes"] / 1e9)
+        self._console.print(f"checkpoint {what}: {record['path']} ({size_gb} GB in {record['save_s']:.1f} s)")
         self._file.append("checkpoints", record)
         self._put_summary("running")
         self._file.sync()

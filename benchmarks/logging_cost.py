@@ -28,8 +28,9 @@ def log_one(log: TrainingLogger, step: int, mixed: bool) -> None:
     log.step(StepRecord(step, loss, 1.5e-4, 234.1234, 0.0213, step * 491_520, 1.2345678, *moments, 2.34, 3.12, 4.0))
     if mixed and step % 250 == 0:
         log.evaluation(step, loss, loss + 0.01, 0.98, 1.5e-4, step * 491_520)
-        log.checkpoint(step, "latest", "out/checkpoints/latest", loss, 1_493_000_000, 2.1)
-        log.checkpoint(step, "best_model", "out/checkpoints/best_model", loss, 1_493_000_000, 0.1)
+        for tier, save_s in (("latest", 2.1), ("best_model", 0.1)):
+            path = f"out/checkpoints/{tier}"
+            log.checkpoint(dict(iter=step, tier=tier, path=path, val_loss=loss, bytes=1_493_000_000, save_s=save_s))
 
 
 def measure(records: int, mixed: bool) -> None:

@@ -68,7 +68,9 @@ def log_everything(logger: TrainingLogger, i: int) -> None:
     logger.step(step(i, loss=5.0 - i / 100, time_ms=100.0 + i % 7))
     if i % 10 == 0:
         logger.evaluation(i, 2.0, 3.0 - i / 100, 1.1, 1e-4, 5_135 * i)
-        logger.checkpoint(i, "latest", Path("out/checkpoints/latest"), None, 1_000_000, 0.5)
+        logger.checkpoint(
+            dict(iter=i, tier="latest", path=Path("out/checkpoints/latest"), val_loss=None, bytes=1_000_000, save_s=0.5)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def test_everything_that_is_logged_is_in_the_file(tmp_path: Path) -> None:
     logger = opened(tmp_path)
     logger.step(GPU_STEP)
     logger.evaluation(5, 1.97, 2.04, 0.98, 1e-4, 25)
-    logger.checkpoint(5, "best_model", "out/best", 2.04, 10, 0.1234)
+    logger.checkpoint(dict(iter=5, tier="best_model", path="out/best", val_loss=2.04, bytes=10, save_s=0.1234))
     logger.event("note", 5, "a note", number=1, where=Path("a/b"))
     logger.text(5, "def f():\n    return 'ü'")
     logger.close("finished")
@@ -253,7 +255,7 @@ def test_a_checkpoint_brings_the_log_to_the_disk(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.path.samestat(os.fstat(fd), log_path(tmp_path, "x").stat())))
     logger.step(step(1))
     assert synced == []
-    logger.checkpoint(1, "latest", "out/latest", None, 1, 0.1)
+    logger.checkpoint(dict(iter=1, tier="latest", path="out/latest", val_loss=None, bytes=1, save_s=0.1))
     assert synced == [True]
 
 

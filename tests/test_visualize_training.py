@@ -49,7 +49,7 @@ def write_log(folder: Path, name: str = "a", steps: int = 40, gpu: bool = False,
             log.step(StepRecord(i, 5.0 - i / 50, 1e-3, 100.0, 0.5, 1_000 * i, 0.5 + i / 100, *moments, *memory))
             if i % 10 == 0:
                 log.evaluation(i, 5.0 - i / 50, 5.1 - i / 50, 2.0, 1e-3, 1_000 * i)
-                log.checkpoint(i, "latest", "out/latest", None, 1, 0.1)
+                log.checkpoint(dict(iter=i, tier="latest", path="out/latest", val_loss=None, bytes=1, save_s=0.1))
         if resume_iter is None:
             log.event("skipped_step", end, "a skipped step")
         log.close("stopped")
