@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from parallel import Ranks
 
 FOLDER = "checkpoints"  # of out_dir
+SHARED_WITHIN_S = 30.0  # what one machine has written, another must see: a network's file system may take its time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,6 +354,17 @@ def lock_out_dir(out_dir: str | Path, on_warning: Callable[[str], None]) -> IO[s
     handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     handle.flush()
     return handle
+
+
+def check_shared(out_dir: str | Path, ranks: Ranks) -> None:
+    """UserError where `out_dir`, which rank 0 has locked, is another folder on this rank's machine: parts would go astray."""
+    path = Path(out_dir) / ".lock"
+    owner, deadline_s = ranks.agree(path.read_text), time.monotonic() + SHARED_WITHIN_S
+    while not path.exists() or path.read_text() != owner:
+        if time.monotonic() > deadline_s:
+            what = f"out_dir {out_dir} is another folder on {socket.gethostname()} than for rank 0"
+            raise UserError(f"{what}: choose a folder that all nodes share with --out_dir=...")
+        time.sleep(0.1)
 
 
 def set_aside(out_dir: str | Path) -> str | None:

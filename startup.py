@@ -28,6 +28,7 @@ from checkpoint import (
     Piece,
     check_compatible,
     check_free_space,
+    check_shared,
     find_checkpoint,
     lock_out_dir,
     most_copies,
@@ -176,6 +177,8 @@ def claim_out_dir(cfg: Config, dataset: Dataset, ranks: Ranks, stack: ExitStack)
         return checkpoint and checkpoint.path, notes
 
     path, notes = ranks.agree(claim)
+    if not cfg.eval.eval_only:
+        check_shared(cfg.run.out_dir, ranks)
     if claimed or path is None:
         return (claimed or [None])[0], notes
     return open_checkpoint(path, checksums=False), notes

@@ -5,6 +5,7 @@ Over gloo on the CPU; where there are as many GPUs as ranks, over NCCL too.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -13,14 +14,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import checkpoint
 import checkpoint_files
 import train
 from checkpoint_files import open_checkpoint
@@ -93,15 +97,15 @@ def resume_all(argv: list[str]) -> None:
         cfg = load_config(argv)
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
         for folder, strategy in itertools.product(sorted(Path(cfg.run.out_dir).parent.glob("?-*")), STRATEGIES):
-            checkpoint = open_checkpoint(folder / "checkpoints" / "latest")
+            saved = open_checkpoint(folder / "checkpoints" / "latest")
             layout, _ = choose_layout(replace(cfg, parallel=replace(cfg.parallel, parallel=strategy)), ranks, torch.float32)
             model = build_model(cfg.model, ranks.device, 0, shard=layout.shard, put=put_rows)
             layout.attach(model)
             optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, REFERENCE.AdamW)
             state = TrainState(model, layout, optimizer, LossScale(torch.float32, ranks.device), ranks, "")
-            state.restore(checkpoint)
+            state.restore(saved)
             layout.settle()
-            expected = checkpoint.read_tensors(checkpoint.metadata.state_dict_metadata)
+            expected = saved.read_tensors(saved.metadata.state_dict_metadata)
             for name, piece, _ in state.held():
                 rows = expected[name][piece.first_row :][: len(piece.rows)] if piece.shape else expected[name]
                 assert torch.equal(piece.rows, rows), (folder, strategy, name)
@@ -180,8 +184,40 @@ def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(runs: Runs) -> 
     processes = runs.start_ranks(2, "killed", *flags, prepare=[nothing, die_in_second_save])
     assert [process.wait() for process in processes] == [1, -signal.SIGKILL]
     assert runs.tiers("killed") == {"latest": 4}
-    checkpoint = runs.checkpoint("killed")
-    assert checkpoint.iter == 4 and checkpoint.read_tensors(["optim.final_norm.weight.step"]).popitem()[1] == 4
+    saved = runs.checkpoint("killed")
+    assert saved.iter == 4 and saved.read_tensors(["optim.final_norm.weight.step"]).popitem()[1] == 4
+
+
+def lose_the_disk_once() -> None:
+    write, saves = checkpoint_files._write_tensor_file, itertools.count(1)
+
+    def write_or_fail(*args: object) -> object:
+        if next(saves) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args)
+
+    checkpoint_files._write_tensor_file = write_or_fail
+
+
+def test_a_full_disk_on_one_rank_is_a_warning(runs: Runs) -> None:
+    flags = [*SHAPE, "--use_fsdp", "--max_iters=6", "--checkpoint_interval=3", "--sample_interval=2", "--sample_prompt=a"]
+    processes = runs.start_ranks(2, "full", *flags, prepare=[nothing, lose_the_disk_once])
+    assert [process.wait() for process in processes] == [0, 0]
+    assert "checkpoint of step 3 not saved" in processes[0].stdout and "No space left" in processes[0].stdout
+    assert runs.tiers("full") == {"latest": 6} and "sample at step 4" in processes[0].stdout
+    assert runs.checkpoint("full").iter == 6
+
+
+def test_an_out_dir_that_is_not_shared(runs: Runs) -> None:
+    own = [partial(os.chdir, folder) for folder in (runs.folder, runs.folder / "data")]
+    processes = runs.start_ranks(2, "unused", *SHAPE, "--out_dir=relative", prepare=[own[0], partial(give_up_soon, own[1])])
+    assert [process.wait() for process in processes][1] == 2
+    assert "choose a folder that all nodes share" in processes[1].stderr
+
+
+def give_up_soon(then: Callable[[], None]) -> None:
+    checkpoint.SHARED_WITHIN_S = 0.1
+    then()
 
 
 def test_a_rank_that_hangs_ends_the_run(runs: Runs) -> None:
