@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 import kernels
 from checkpoint import (
@@ -323,10 +324,25 @@ def build_micro_step(forward: Callable[..., torch.Tensor], state: TrainState, cf
         (loss * state.loss_scale.scale).backward()
         return loss.detach()
 
-    is_compiled = forward is not state.model
-    if cfg.run.cuda_graph and is_compiled and device.type == "cuda" and state.ranks.world_size == 1:
+    if replays_graph(cfg, state.ranks) and forward is not state.model:
         return GraphedMicroStep(micro_step, state.model.parameters())
     return micro_step
+
+
+def replays_graph(cfg: Config, ranks: Ranks) -> bool:
+    """Whether a compiled micro-step is recorded. Among several ranks it also talks to the others, which a graph does not hold."""
+    return cfg.run.cuda_graph and cfg.run.compile and ranks.device.type == "cuda" and ranks.world_size == 1
+
+
+def attention_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> str:
+    """Which of its implementations scaled_dot_product_attention takes for this model: cuDNN's before others on Hopper."""
+    m = cfg.model
+    q = torch.empty(1, m.n_head, m.block_size, m.head_dim, device=device, dtype=dtype, requires_grad=True)
+    k = torch.empty(1, m.kv_heads, m.block_size, m.head_dim, device=device, dtype=dtype, requires_grad=True)
+    choice = torch._fused_sdp_choice(q, k, k, None, m.dropout, True, enable_gqa=m.kv_heads < m.n_head)
+    names = {SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.FLASH_ATTENTION: "FlashAttention"}
+    names |= {SDPBackend.EFFICIENT_ATTENTION: "memory-efficient attention", SDPBackend.MATH: "plain products"}
+    return f"scaled_dot_product_attention by {names[SDPBackend(choice)]}"
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -367,8 +383,9 @@ def start_report(
             "parallel": parallel,
             "precision": f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision,
             **chosen_kernels,
-            "attention": "scaled_dot_product_attention",
+            "attention": attention_backend(cfg, ranks.device, dtype),
             "compile": cfg.run.compile,
+            "cuda_graph": replays_graph(cfg, ranks),
             "deterministic": cfg.run.deterministic,
             "seed": cfg.run.seed,
         },

@@ -27,7 +27,7 @@ def train(knobs: list[str], folder: str, name: str) -> list[float]:
     """The loss of every step of a run."""
     out_dir = Path(folder) / name
     command = [sys.executable, str(ROOT / "train.py"), *knobs, f"--out_dir={out_dir}", "--run_name=run", "--log_interval=1"]
-    subprocess.run([*command, "--eval_interval=0", "--checkpoint_interval=0"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--eval_interval=0", "--always_save_checkpoint=False"], check=True, stdout=subprocess.DEVNULL)
     records = json.loads((out_dir / "run_run.json").read_text())["training_iterations"]
     return [record["loss"] for record in records]
 

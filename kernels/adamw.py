@@ -11,6 +11,7 @@ The kernel finds its tensors through a table of addresses. A tensor is cut into 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,19 @@ ALIGNMENT = 16  # bytes: what a thread reads and writes at a time
 
 
 @triton.jit
-def _update(p, g, m, v, i, inside, decay, step_size, beta1, beta2, root_correction, eps, divisor):
+def _one_minus_power(t, log_beta):
+    """1 - beta^t; where beta^t is near 1 by the series of exp, because a difference would have no digits left."""
+    u = t * log_beta
+    return tl.where(u > -0.05, -u * (1 + u / 2 * (1 + u / 3 * (1 + u / 4 * (1 + u / 5)))), 1 - tl.exp(u))
+
+
+@triton.jit
+def _update(p, g, m, v, i, inside, decay, step_size, rate1, rate2, root_correction, eps, divisor):
     gradient = tl.load(g + i, inside) / divisor
     mean = tl.load(m + i, inside)
-    mean += (1 - beta1) * (gradient - mean)
+    mean += rate1 * (gradient - mean)
     square = tl.load(v + i, inside)
-    square += (1 - beta2) * (gradient * gradient - square)
+    square += rate2 * (gradient * gradient - square)
     value = tl.load(p + i, inside) * decay - step_size * mean / (tl.sqrt(square) / root_correction + eps)
     tl.store(m + i, mean, inside)
     tl.store(v + i, square, inside)
@@ -45,8 +53,10 @@ def _kernel(
     divisor,  # float32 scalar
     found_inf,  # the same
     lr,
-    beta1,
-    beta2,
+    rate1,  # 1 - beta1
+    rate2,
+    log_beta1,
+    log_beta2,
     eps,
     weight_decay,
     ALIGNMENT: tl.constexpr,
@@ -64,13 +74,13 @@ def _kernel(
     m = tl.multiple_of(tl.load(row + 2).to(float_pointer), ALIGNMENT) + first
     v = tl.multiple_of(tl.load(row + 3).to(float_pointer), ALIGNMENT) + first
     t = tl.load(tl.load(row + 4).to(float_pointer))
-    step_size = lr / (1 - tl.exp2(t * tl.log2(beta1)))
-    root_correction = tl.sqrt(1 - tl.exp2(t * tl.log2(beta2)))
+    step_size = lr / _one_minus_power(t, log_beta1)
+    root_correction = tl.sqrt(_one_minus_power(t, log_beta2))
     decay, i, scale = 1 - lr * weight_decay, tl.arange(0, CHUNK), tl.load(divisor)
     if n >= CHUNK:  # without a mask, which would keep a thread from reading 16 bytes at a time
-        _update(p, g, m, v, i, None, decay, step_size, beta1, beta2, root_correction, eps, scale)
+        _update(p, g, m, v, i, None, decay, step_size, rate1, rate2, root_correction, eps, scale)
     else:
-        _update(p, g, m, v, i, i < n, decay, step_size, beta1, beta2, root_correction, eps, scale)
+        _update(p, g, m, v, i, i < n, decay, step_size, rate1, rate2, root_correction, eps, scale)
 
 
 class _Table(NamedTuple):
@@ -118,12 +128,15 @@ class AdamW(torch.optim.AdamW):
         divisor = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
         found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
         torch._foreach_add_(steps, [1 - found_inf] * len(steps))  # a list: for a tensor alone PyTorch waits for the device
+        # In double precision: what is left of 1 when a beta near it is taken away has few digits.
+        rates = [1 - beta for beta in group["betas"]]
+        logarithms = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
         table = self._tables[number] = _table(columns, self._tables.get(number))
         if len(table.tensor_of_chunk):
             with torch.cuda.device_of(divisor):
                 _kernel[(len(table.tensor_of_chunk),)](
-                    *table[2:], divisor, found_inf, group["lr"], *group["betas"], group["eps"], group["weight_decay"],
-                    ALIGNMENT, CHUNK, num_warps=WARPS,
+                    *table[2:], divisor, found_inf, group["lr"], *rates, *logarithms, group["eps"],
+                    group["weight_decay"], ALIGNMENT, CHUNK, num_warps=WARPS,
                 )  # fmt: skip
 
 

@@ -62,6 +62,18 @@ def test_equals_pytorch_over_several_steps() -> None:
     torch.testing.assert_close(everything(ours), everything(theirs), rtol=2e-6, atol=2e-7)
 
 
+@pytest.mark.parametrize("betas", ((0.0, 0.95), (0.9, 0.9999)))
+def test_equals_pytorch_with_betas_at_the_edges(betas: tuple[float, float]) -> None:
+    ours, theirs = optimizers((3, 5), (7,), (4,), (5,))
+    for optimizer in (ours, theirs):
+        for group in optimizer.param_groups:
+            group["betas"] = betas
+        for step in range(3):
+            draw_gradients(optimizer, step)
+            optimizer.step()
+    torch.testing.assert_close(everything(ours), everything(theirs), rtol=2e-6, atol=2e-7)
+
+
 def test_gradients_are_divided_by_the_scale_and_left_as_they_are() -> None:
     ours, theirs = optimizers(*SIZES)
     ours.grad_scale, ours.found_inf = torch.tensor(512.0, device=DEVICE), torch.tensor(0.0, device=DEVICE)
