@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.inputs import check_devices, check_dtypes
 from kernels.reference import Reduction
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
 LOG2_E = tl.constexpr(1.4426950408889634)  # the hardware has powers of two: exp(x) = 2^(x log2(e))
 LN_2 = tl.constexpr(0.6931471805599453)
 CHUNK_BYTES = 2**31  # of logits: larger chunks gain nothing
@@ -283,14 +282,9 @@ def _divisor(targets: Tensor, reduction: str) -> Tensor:
 def _check(inputs: dict[str, Tensor], targets: Tensor, reduction: str) -> None:
     """Raises ValueError naming what the kernel cannot take."""
     shape = next(iter(inputs.values())).shape[:-1]
-    for name, tensor in {**inputs, "targets": targets}.items():
-        if tensor.device.type != DEVICE:
-            raise ValueError(f"{name}: expected a tensor on {DEVICE}, got one on {tensor.device}")
-        if tensor.device != targets.device:
-            raise ValueError(f"{name} is on {tensor.device}, targets on {targets.device}")
+    check_devices(**inputs, targets=targets)
+    check_dtypes(**inputs)
     for name, tensor in inputs.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
         if tensor.ndim == 0 or tensor.shape[-1] == 0:
             raise ValueError(f"{name}: expected a last axis that is not empty, got shape {tuple(tensor.shape)}")
     if targets.dtype != torch.int64 or targets.shape != shape:

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
+from kernels.inputs import check_devices, check_dtypes
+
 MAX_HEADS = 16  # that a program holds at a time
 WARPS = 4
 
@@ -185,14 +185,9 @@ def rope_qkv_(qkv: Tensor, n_head: int, n_kv_head: int, cos: Tensor, sin: Tensor
 
 def _check(inputs: dict[str, Tensor], cos: Tensor, sin: Tensor) -> None:
     """Raises ValueError naming what the kernel cannot take."""
-    for name, x in {**inputs, "cos": cos, "sin": sin}.items():
-        if x.device.type != DEVICE:
-            raise ValueError(f"{name}: expected a tensor on {DEVICE}, got one on {x.device}")
-        if x.device != cos.device:
-            raise ValueError(f"{name} is on {x.device}, cos on {cos.device}")
+    check_devices(**inputs, cos=cos, sin=sin)
+    check_dtypes(**inputs)
     for name, x in inputs.items():
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
         if x.ndim != 4 or x.shape[3] % 2 or 0 in x.shape[2:]:
             raise ValueError(f"{name}: expected shape (B, T, heads, D) with an even D, got {tuple(x.shape)}")
         for angle_name, angle in (("cos", cos), ("sin", sin)):

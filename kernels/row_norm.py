@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.inputs import as_rows, check_devices, check_dtypes
+
 MAX_WIDTH = 65_536
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUM_ROWS, SUM_COLUMNS = 32, 16  # of the tiles in which partial sums are added up
 
 
@@ -216,12 +217,6 @@ def backward_plan(s: Tensor, n_rows: int) -> Plan:
     return Plan(rows, warps_for(width, 1024), min(multiprocessors * resident, triton.cdiv(n_rows, rows)), ahead)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(..., C) -> (M, C) whose elements of a row are neighbours in memory; a copy only where strides leave no other way."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 @torch.library.custom_op("nanotrain::row_norm", mutates_args=())
 def row_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
@@ -308,15 +303,12 @@ row_norm.register_autograd(_gradients, setup_context=_setup_context)
 
 def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None:
     """Raise ValueError, naming the tensor, where the kernels cannot take these."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}; the norm kernels take float32, bfloat16 and float16")
+    check_devices(x=x, weight=weight, bias=bias, residual=residual)
+    check_dtypes(x=x)
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"x has shape {tuple(x.shape)}; the norm kernels take rows of 1 to {MAX_WIDTH:,} columns")
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-        raise ValueError(
-            f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, "
-            f"but x is {tuple(x.shape)} {x.dtype} on {x.device}"
-        )
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}, but x is {tuple(x.shape)} {x.dtype}")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is None:
             continue
@@ -324,5 +316,3 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tenso
             raise ValueError(f"{name} has shape {tuple(vector.shape)}; rows of x have {x.shape[-1]} columns")
         if vector.dtype not in (torch.float32, x.dtype):
             raise ValueError(f"{name} is {vector.dtype}; it must be float32 or x's {x.dtype}")
-        if vector.device != x.device:
-            raise ValueError(f"{name} is on {vector.device}, but x is on {x.device}")

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
+from kernels.inputs import as_rows, check_devices, check_dtypes
+
 MAX_BLOCK = 1024
 WARPS = 4
 
@@ -48,15 +48,9 @@ def _backward_kernel(gate_up, dy, d_gate_up, row_stride, dy_stride, F, BLOCK: tl
     tl.store(d_gate_up + F, (dy * gate * sigmoid).to(d_gate_up.dtype.element_ty), column < F)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """(..., C) -> (N, C) whose elements of a row are neighbours in memory; a copy only where strides leave no other way."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
 @torch.library.custom_op("nanotrain::swiglu", mutates_args=())
 def swiglu_forward(gate_up: Tensor) -> Tensor:
-    rows, F = _as_rows(gate_up), gate_up.shape[-1] // 2
+    rows, F = as_rows(gate_up), gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], F)
     block = min(MAX_BLOCK, triton.next_power_of_2(F))
     if y.numel():
@@ -67,7 +61,7 @@ def swiglu_forward(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op("nanotrain::swiglu_backward", mutates_args=())
 def swiglu_backward(gate_up: Tensor, dy: Tensor) -> Tensor:
-    rows, dy_rows, F = _as_rows(gate_up), _as_rows(dy), dy.shape[-1]
+    rows, dy_rows, F = as_rows(gate_up), as_rows(dy), dy.shape[-1]
     d_gate_up = gate_up.new_empty(gate_up.shape)
     block = min(MAX_BLOCK, triton.next_power_of_2(F))
     if dy.numel():
@@ -104,10 +98,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Raises ValueError for a wrong shape, dtype or device.
     """
-    if gate_up.device.type != DEVICE:
-        raise ValueError(f"gate_up: expected a tensor on {DEVICE}, got one on {gate_up.device}")
-    if gate_up.dtype not in DTYPES:
-        raise ValueError(f"gate_up: expected float32, bfloat16 or float16, got {gate_up.dtype}")
+    check_devices(gate_up=gate_up)
+    check_dtypes(gate_up=gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2 or gate_up.shape[-1] == 0:
         raise ValueError(f"gate_up: expected a last axis of even length, gate and up, got shape {tuple(gate_up.shape)}")
     return swiglu_forward(gate_up)

@@ -235,29 +235,29 @@ def test_autocast_changes_nothing(normal, device):
 @pytest.mark.parametrize(
     ("changed", "message"),
     (
-        ({"x": torch.ones(3, 8, dtype=torch.float64)}, "^x is torch.float64"),
-        ({"x": torch.ones(3, 8, dtype=torch.int64)}, "^x is torch.int64"),
+        ({"x": torch.ones(3, 8, dtype=torch.float64)}, "^x: expected float32, .* got torch.float64"),
+        ({"x": torch.ones(3, 8, dtype=torch.int64)}, "^x: expected float32, .* got torch.int64"),
         ({"x": torch.ones(())}, r"^x has shape \(\)"),
         ({"x": torch.ones(3, 0)}, r"^x has shape \(3, 0\)"),
         ({"x": torch.ones(1, row_norm.MAX_WIDTH + 1)}, r"^x has shape \(1, 65537\)"),
         ({"residual": torch.ones(3, 7)}, r"^residual is \(3, 7\)"),
         ({"residual": torch.ones(3, 8, dtype=torch.bfloat16)}, r"^residual is \(3, 8\) torch.bfloat16"),
-        ({"residual": torch.ones(3, 8, device="meta")}, r"^residual .* on meta"),
+        ({"residual": torch.ones(3, 8, device="meta")}, "^residual: expected a tensor on .* on meta"),
         ({"weight": torch.ones(7)}, r"^weight has shape \(7,\)"),
         ({"weight": torch.ones(1, 8)}, r"^weight has shape \(1, 8\)"),
         ({"weight": torch.ones(8, dtype=torch.float16)}, "^weight is torch.float16"),
-        ({"weight": torch.ones(8, device="meta")}, "^weight is on meta"),
+        ({"weight": torch.ones(8, device="meta")}, "^weight: expected a tensor on .* on meta"),
         ({"bias": torch.ones(9)}, r"^bias has shape \(9,\)"),
         ({"bias": torch.ones(8, dtype=torch.bfloat16)}, "^bias is torch.bfloat16"),
-        ({"bias": torch.ones(8, device="meta")}, "^bias is on meta"),
+        ({"bias": torch.ones(8, device="meta")}, "^bias: expected a tensor on .* on meta"),
     ),
 )
-def test_bad_input_is_named(changed, message):
+def test_bad_input_is_named(changed, message, device):
     good = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), "weight": torch.ones(8), "bias": torch.ones(8)}
     if "x" in changed:
         good["residual"] = changed["x"]
     with pytest.raises(ValueError, match=message):
-        add_layer_norm(**(good | changed), eps=EPS)
+        add_layer_norm(**{name: t if t.is_meta else t.to(device) for name, t in (good | changed).items()}, eps=EPS)
 
 
 @pytest.mark.parametrize(
