@@ -135,10 +135,11 @@ class CheckpointStore:
             self._writer = None
         self.poll()
 
-    def close(self) -> None:
-        """wait(), and gives the host copies back."""
-        self.wait()
-        self._host.clear()
+    def close(self, wait: bool = True) -> None:
+        """wait(), and gives the host copies back; not where one of several ranks has failed, and the others never finish."""
+        if wait:
+            self.wait()
+            self._host.clear()
 
     def _allocate(self, pieces: dict[str, Piece]) -> None:
         """Host copies of the pieces' shapes; those that are there are kept."""

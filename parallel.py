@@ -131,9 +131,15 @@ def start_ranks(run: RunConfig, cfg: ParallelConfig, stack: ExitStack) -> Ranks:
     ranks = Ranks(rank, world_size, device)
     if world_size > 1:
         connect(device)
-        stack.callback(dist.destroy_process_group)
+        stack.push(part)
         ranks.set_timeout(cfg.start_timeout_s)
     return ranks
+
+
+def part(kind: type[BaseException] | None, *_: object) -> None:
+    """The end of `start_ranks`. After an error the group stays: leaving it in order would wait for the others."""
+    if kind is None:
+        dist.destroy_process_group()
 
 
 def connect(device: torch.device) -> None:
@@ -164,7 +170,7 @@ def is_first_to_fail() -> bool:
 
 @contextmanager
 def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Raises what `explain` makes of an error; but one of several ranks ends at once: its threads may wait for others for ever.
+    """Raises what `explain` makes of an error; but one of several ranks exits here: its threads may wait for others for ever.
 
     The first rank to fail prints the error, and leaves it to torchrun too, which repeats it at the very end; the others mostly
     fail because that one is gone, and say so in a line.

@@ -37,7 +37,7 @@ from training_logger import StepRecord, TrainingLogger
 
 def main(argv: list[str]) -> int:
     cfg = config_or_plan(argv)
-    with ExitStack() as stack, ending_together(lambda error: startup.explain(cfg, error)):
+    with ending_together(lambda error: startup.explain(cfg, error)), ExitStack() as stack:
         return train(cfg, stack)
 
 
@@ -84,7 +84,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)
     evaluator = Evaluator(cfg, dataset, dtype, model, forward, ranks, stop, prompt, questions)
     store = startup.open_store(cfg, dataset, checkpoint, log, ranks)
-    stack.callback(store.close)  # waits until everything is on the disk
+    stack.push(lambda kind, *_: store.close(wait=kind is None or ranks.world_size == 1))  # until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
     ranks.set_timeout(cfg.parallel.step_timeout_s)

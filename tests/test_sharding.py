@@ -245,6 +245,7 @@ def test_the_first_cause_is_printed_once(runs: Runs) -> None:
     processes = runs.start_ranks(2, "fails", *SHAPE, "--max_iters=100000", prepare=[nothing, fail_in_step_three])
     assert [process.wait() for process in processes] == [1, 1]
     assert "ZeroDivisionError: of rank 1" in processes[1].stderr
+    assert runs.log("fails")["summary"]["status"].startswith("RuntimeError")  # what rank 0 has seen of it
     assert "rank 0 ends because another rank has failed" in processes[0].stderr and "Traceback" not in processes[0].stderr
 
 
