@@ -150,7 +150,7 @@ def connect(device: torch.device) -> None:
     gpu = device if device.type == "cuda" else None  # connects NCCL now and not in the first collective
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=MEETING_TIMEOUT_S), device_id=gpu)
-    except (dist.DistError, ValueError) as error:  # a port in use, a host that is not there, an incomplete environment
+    except (RuntimeError, ValueError) as error:  # a port in use, a rank that is gone, an incomplete environment
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise UserError(

@@ -4,9 +4,9 @@
         [--json=FILE]
 
 Builds the model as rank 0 of so many ranks by train.py's own layouts, takes a whole step but for the arithmetic, and adds up what
-the rank holds between its steps (parameters, AdamW's state), what its gradients take, and the bytes that it must send in a step:
-of an all-reduce of S bytes among n ranks 2 S (n-1)/n, of an all-gather into S or a reduce-scatter of S bytes S (n-1)/n, as a ring
-sends them. Time is not simulated.
+the rank holds between its steps (parameters, AdamW's state), what its gradients take, and the bytes that it must send in a step: of
+an all-reduce of S bytes among n ranks 2 S (n-1)/n, of an all-gather into S or a reduce-scatter of S bytes S (n-1)/n, as a ring sends
+them. The peak is memory.py's prediction for a GPU. Time is not simulated.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from memory import predict_memory
     from model import Transformer
     from optim import build_optimizer
     from parallel import Ranks
@@ -94,6 +95,7 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
             "gradients": sum(g.nbytes for g in gradients.tensors),
             "optimizer": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         }
+    held["peak"] = predict_memory(cfg, "bfloat16", strategy, n_ranks).peak
     return {"ranks": n_ranks, "strategy": strategy, "bytes_held": held, "bytes_sent": {k: round(v) for k, v in sent.items()}}
 
 

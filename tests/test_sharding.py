@@ -281,6 +281,7 @@ def test_simulation_of_1024_ranks(tmp_path: Path) -> None:
     path, program = tmp_path / "figures.json", ROOT / "benchmarks" / "simulation.py"
     subprocess.run([sys.executable, program, *sizes.split(), "--ranks=1024", f"--json={path}"], check=True, capture_output=True)
     ddp, zero1, fsdp = json.loads(path.read_text())["rows"]
+    assert all(row["bytes_held"].pop("peak") > row["bytes_held"]["parameters"] for row in (ddp, zero1, fsdp))
     matrices, vectors, share = 1024 * 1024 * (2 * 12 + 1), 1024 * 5, 1023 / 1024
     n, scalars = matrices + vectors, 4 * (2 * 6 + 2)  # AdamW counts the steps of each tensor
     assert ddp["bytes_held"] == {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n + scalars}
