@@ -6,16 +6,18 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from configurator import ROOT
-from tiny_runs import Runs, nothing
+from tiny_runs import Runs, become_rank, nothing
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,13 @@ def test_a_malformed_config_file(runs: Runs) -> None:
 
 def test_ranks_that_cannot_meet(runs: Runs) -> None:
     assert "start them with torchrun" in refused(runs, prepare=claim_to_be_one_of_two)
+
+
+def test_a_port_in_use(runs: Runs) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = refused(runs, prepare=partial(become_rank, 0, 2, port, nothing))
+    assert f"the ranks cannot meet at 127.0.0.1:{port}" in message and "on a free --master_port" in message
 
 
 def claim_to_be_one_of_two() -> None:
