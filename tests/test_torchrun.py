@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,17 @@ def test_two_nodes_go_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) -> 
     assert "resuming" in output.read_text()
     runs.run_ranks(4, "uninterrupted", *flags)
     assert runs.losses("nodes") == runs.losses("uninterrupted")
+
+
+def be_started_again(job: str, count: int) -> None:
+    """What torchrun tells the processes of its attempt number `count` + 1."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_RESTART_COUNT": str(count)}
+
+
+def test_another_attempt_goes_on_unasked(runs: Runs) -> None:
+    flags = ["--run_name=mine", "--max_iters=4"]
+    runs.run("out", *flags, prepare=partial(be_started_again, "job", 0))
+    output = runs.run("out", *flags, "--max_iters=6", prepare=partial(be_started_again, "job", 1))
+    assert "resuming" in output and list(runs.losses("out")) == [1, 2, 3, 4, 5, 6]
+    output = runs.run("out", *flags, "--run_name=other", prepare=partial(be_started_again, "another job", 1))
+    assert "Starting from scratch: the checkpoints of run mine are now in" in output  # they are not its own
