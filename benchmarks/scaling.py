@@ -145,8 +145,8 @@ def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
             if ranks.is_main:
                 print(json.dumps(rows[-1]), flush=True)
                 Path(args.rows).write_text(json.dumps(rows))
-            gc.collect()
             torch.compiler.reset()
+            gc.collect()
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
 
