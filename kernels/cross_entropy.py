@@ -14,6 +14,7 @@ Legend: N rows (tokens), V vocabulary, C width.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -199,12 +200,12 @@ def _announce_to_compiler() -> None:
         make_fallback(operator, warn=False)
 
 
-def _keep_gradients(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep_gradients(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(output[1], output[2])
     ctx.weight_dtype = inputs[1].dtype
 
 
-def _scale_gradients(ctx, grad: Tensor, _dx: Tensor, _dw: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, grad: Tensor, _dx: Tensor, _dw: Tensor) -> tuple[Tensor | None, ...]:
     dx, dw = ctx.saved_tensors
     return dx * grad, (dw * grad).to(ctx.weight_dtype), None, None, None
 
@@ -216,13 +217,13 @@ class _InPlace(torch.autograd.Function):
     """Sum of the losses / divisor; an autograd.Function because register_autograd refuses operators that mutate."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, divisor: Tensor) -> Tensor:
         losses = row_losses_and_gradient_(logits, targets, divisor)
         ctx.save_for_backward(logits, divisor)
         return losses.sum()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, divisor = ctx.saved_tensors
         if gradient.dtype == torch.float16:  # which has no digits for 1/N of a small probability before the loss scale joins it
             grad = grad / divisor

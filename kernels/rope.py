@@ -12,6 +12,8 @@ Legend: B batch, T time, H query heads, K key/value heads, D head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -131,12 +133,12 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return dq.new_empty(*dq.shape[:2], dq.shape[2] + 2 * dk.shape[2], dq.shape[3])
 
 
-def _keep_angles(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _keep_angles(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(inputs[2], inputs[3])
     ctx.inverse = inputs[4]
 
 
-def _turn_back(ctx, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+def _turn_back(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
     return *rotated(dq, dk, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
@@ -147,13 +149,13 @@ class _InPlace(torch.autograd.Function):
     """An autograd.Function because register_autograd refuses operators that mutate."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, heads: tuple[int, int, int], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, heads: tuple[int, int, int], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
         rotate_(qkv, heads[0] + heads[1], cos, sin)
         return qkv.split(heads, dim=2)
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
         return fused_gradient(dq, dk, dv, *ctx.saved_tensors), None, None, None
 
 

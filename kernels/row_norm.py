@@ -17,7 +17,7 @@ Legend: M rows, C columns of a row, A and B columns of its two blocks, R rows of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -283,7 +283,7 @@ def row_norm_backward_outputs(
     return s.new_empty(s.shape), weight.new_empty(weight.shape), d_bias
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _, ctx.rms = inputs
     total, _, mean, rstd = output
     ctx.fused, ctx.has_bias = residual is not None, bias is not None
@@ -291,7 +291,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no zeros are written and read for a result that nothing used
 
 
-def _gradients(ctx, d_total, dy, d_mean, d_rstd):
+def _gradients(
+    ctx: Any, d_total: Tensor | None, dy: Tensor | None, d_mean: Tensor | None, d_rstd: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if dy is None:
         return d_total, d_total, None, None, None, None
     ds, d_weight, d_bias = row_norm_backward(dy, d_total, *ctx.saved_tensors, ctx.rms)

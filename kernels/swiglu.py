@@ -9,6 +9,8 @@ Legend: N rows, F width of gate, of up and of y.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -82,11 +84,11 @@ def _(gate_up: Tensor, dy: Tensor) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
 
-def _keep_input(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+def _keep_input(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dy: Tensor) -> Tensor:
+def _backward(ctx: Any, dy: Tensor) -> Tensor:
     return swiglu_backward(*ctx.saved_tensors, dy)
 
 
