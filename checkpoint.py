@@ -1,6 +1,7 @@
 """The checkpoints of a run: published whole or not at all, in tiers, and found again whatever happened to the machine.
 
     out_dir/checkpoints/<tier>/     latest, latest_backup, rolling_step_N, epoch_N, best_model
+    out_dir/checkpoints_fp8/<tier>/ the same of FP8 training; what asks for `latest` gets the newest of both
 
 A checkpoint (checkpoint_files.py says what is in one) is written into `.writing-<tier>` and renamed when it is whole. Of
 the checkpoints that have the name already, `latest` becomes `latest_backup` and any other `.old-<tier>` until the new one
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
     from parallel import Ranks
 
-FOLDER = "checkpoints"  # of out_dir
+FOLDER, FP8_FOLDER = FOLDERS = "checkpoints", "checkpoints_fp8"  # of out_dir
 SHARED_WITHIN_S = 30.0  # what one machine has written, another must see: a network's file system may take its time
 
 
@@ -89,8 +90,9 @@ class CheckpointStore:
         on_saved: Callable[[SavedCheckpoint], None],
         on_warning: Callable[[str], None],
         ranks: Ranks | None = None,
+        folder: str = FOLDER,
     ):
-        self._root, self._cfg, self._ranks = Path(out_dir) / FOLDER, cfg, ranks
+        self._root, self._cfg, self._ranks = Path(out_dir) / folder, cfg, ranks
         self._on_saved, self._on_warning = on_saved, on_warning
         self._host: dict[str, torch.Tensor] = {}  # host copies, reused by every save
         self._writer: threading.Thread | None = None
@@ -276,30 +278,53 @@ def find_checkpoint(out_dir: str | Path, which: str, on_warning: Callable[[str],
     A damaged one is named through `on_warning` and the next newest whole one is taken. UserError if `which` does not
     exist, if no checkpoint is whole, or if it was written by a newer version.
     """
-    folders = _candidates(Path(out_dir) / FOLDER, which)
+    folders = _candidates(Path(out_dir), which)
     for folder in folders:
         try:
             return open_checkpoint(folder)
         except DamagedError as error:
             on_warning(f"checkpoint {folder} is damaged ({error}); looking for the next newest whole one")
     if folders:
-        raise UserError(f"no checkpoint in {folders[0].parent} is whole; to start from scratch, move them away")
+        parents = " or ".join(sorted({str(folder.parent) for folder in folders}))
+        raise UserError(f"no checkpoint in {parents} is whole; to start from scratch, move them away")
     return None
 
 
-def _candidates(root: Path, which: str) -> list[Path]:
+def _candidates(out_dir: Path, which: str) -> list[Path]:
     """The folder asked for, and behind it what to fall back to."""
-    tiers = tiers_in(root)
+    saved = checkpoints_of(out_dir)
+    folders = [folder for _, folder in saved]
     if which == "latest":
-        return list(tiers.values())
-    asked = tiers.get("best_model" if which == "best" else which)
-    if asked is None:
+        return folders
+    named = [folder for tier, folder in saved if tier == ("best_model" if which == "best" else which)]
+    if named:
+        asked = min(named, key=_val_loss) if which == "best" else named[0]
+    else:
         asked = Path(which).resolve()
         if not is_checkpoint(asked):
-            saved = ", ".join(tiers) or "nothing"
-            raise UserError(f"no checkpoint '{which}': neither a checkpoint's folder nor one of {root}, which holds {saved}")
-        tiers = tiers_in(asked.parent)
-    return [asked, *(folder for folder in tiers.values() if folder != asked)]
+            there = ", ".join(dict.fromkeys(tier for tier, _ in saved)) or "nothing"
+            raise UserError(
+                f"no checkpoint '{which}': neither a checkpoint's folder nor one of {out_dir / FOLDER}, which holds {there}"
+            )
+        folders = list(tiers_in(asked.parent).values())
+    return [asked, *(folder for folder in folders if folder != asked)]
+
+
+def checkpoints_of(out_dir: Path) -> list[tuple[str, Path]]:
+    """(tier, folder) of all checkpoints of a run, in the order in which `latest` takes them: newest first."""
+    dated = []
+    for name in FOLDERS:
+        newest, entries = "", []
+        for tier, folder in reversed(tiers_in(out_dir / name).items()):  # a date that cannot be read is that of the one behind it
+            newest = max(newest, _manifest_if_readable(folder).get("saved_at", ""))
+            entries.append((newest, tier, folder))
+        dated += reversed(entries)
+    return [(tier, folder) for _, tier, folder in sorted(dated, key=lambda entry: entry[0], reverse=True)]
+
+
+def _val_loss(folder: Path) -> float:
+    loss = _manifest_if_readable(folder).get("val_loss")
+    return math.inf if loss is None else loss
 
 
 def tiers_in(root: Path) -> dict[str, Path]:
@@ -314,7 +339,7 @@ def tiers_in(root: Path) -> dict[str, Path]:
 
 def _next_saved_at(root: Path) -> str:
     """Now, or just after the newest checkpoint if the clock was set back: `saved_at` is what orders them."""
-    manifests = filter(None, map(_manifest_if_readable, tiers_in(root).values()))
+    manifests = filter(None, (_manifest_if_readable(folder) for _, folder in checkpoints_of(root.parent)))
     after = [datetime.fromisoformat(manifest["saved_at"]) + timedelta(microseconds=1) for manifest in manifests]
     return max([datetime.now(UTC), *after]).isoformat()
 
@@ -370,18 +395,19 @@ def check_shared(out_dir: str | Path, ranks: Ranks) -> None:
 
 def set_aside(out_dir: str | Path) -> str | None:
     """Moves an earlier run's checkpoints out of the way of a run from scratch; returns a line that says so."""
-    root = Path(out_dir) / FOLDER
-    tiers = tiers_in(root)
-    if not tiers:
+    saved = [folder for _, folder in checkpoints_of(Path(out_dir))]
+    if not saved:
         return None
-    manifests = filter(None, map(_manifest_if_readable, tiers.values()))
+    manifests = filter(None, map(_manifest_if_readable, saved))
     name = re.sub(r"[^\w.-]", "_", next(manifests, {"run_name": "unnamed"})["run_name"])
-    aside, number = root.with_name(f"{root.name}.{name}"), 1
-    while aside.exists():
-        number += 1
-        aside = root.with_name(f"{root.name}.{name}.{number}")
-    root.rename(aside)
-    return f"Starting from scratch: the checkpoints of run {name} are now in {aside}"
+    moved = []
+    for root in sorted({folder.parent for folder in saved}):
+        aside, number = root.with_name(f"{root.name}.{name}"), 1
+        while aside.exists():
+            number += 1
+            aside = root.with_name(f"{root.name}.{name}.{number}")
+        moved.append(str(root.rename(aside)))
+    return f"Starting from scratch: the checkpoints of run {name} are now in {' and '.join(moved)}"
 
 
 def most_copies(cfg: CheckpointConfig) -> int:
@@ -395,9 +421,10 @@ def most_copies(cfg: CheckpointConfig) -> int:
 def check_free_space(out_dir: str | Path, checkpoint_bytes: int, cfg: CheckpointConfig, replaces: bool) -> str | None:
     """A warning if the disk cannot hold all tiers that `cfg` asks for; UserError if it cannot hold two checkpoints.
 
-    Where the run `replaces` what is in out_dir/checkpoints (it goes on with it, rather than setting it aside), that is room too.
+    Where the run `replaces` the checkpoints in out_dir (it goes on with them, rather than setting them aside), that is room too.
     """
-    files = [path.stat() for path in (Path(out_dir) / FOLDER).rglob("*") if replaces and path.is_file()]
+    roots = [Path(out_dir) / name for name in FOLDERS] if replaces else []
+    files = [path.stat() for root in roots for path in root.rglob("*") if path.is_file()]
     room_bytes = shutil.disk_usage(out_dir).free + sum({status.st_ino: status.st_size for status in files}.values())
     copies = most_copies(cfg)
     if room_bytes >= copies * checkpoint_bytes:
@@ -441,14 +468,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("path", nargs="?", default="out", help="an out_dir, its folder of checkpoints, or one checkpoint")
     args = parser.parse_args(argv)
     path = Path(args.path)
-    tiers = {path.name: path} if is_checkpoint(path) else tiers_in(path / FOLDER) or tiers_in(path)
-    if not tiers:
+    saved = [(path.name, path)] if is_checkpoint(path) else checkpoints_of(path) or list(tiers_in(path).items())
+    if not saved:
         raise UserError(f"no checkpoints in {path}: name an out_dir, its folder of checkpoints, or one checkpoint")
     if args.command == "inspect":
-        inspect(next(iter(tiers.values())))
+        inspect(saved[0][1])
         return 0
     checksums = args.command == "verify"
-    rows = [row_of(tier, folder, checksums) for tier, folder in tiers.items()]
+    rows = [row_of(f"{tier} (fp8)" if folder.parent.name == FP8_FOLDER else tier, folder, checksums) for tier, folder in saved]
     print(table(("tier", "step", "val loss", "bytes", "saved (UTC)", "checksums" if checksums else "sizes"), rows))
     if not checksums:
         print(f"verify checks every byte: python checkpoint.py verify {path}")

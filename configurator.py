@@ -108,6 +108,7 @@ class KernelConfig:
     rope_kernel: Kernel = "auto"  # rotary positions: triton (GPUs only) or torch; auto is the faster
     cross_entropy_kernel: Kernel = "auto"  # the loss with the head's product: triton (GPUs only) or torch; auto is the faster
     adamw_kernel: Kernel = "auto"  # the optimizer's step: triton (GPUs only) or torch; auto is the faster
+    fp8_kernel: Kernel = "auto"  # rounding to FP8, with the transpose: triton (GPUs only) or torch; auto is the faster
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,17 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    use_fp8: bool = False  # train the blocks' matrix products in FP8 (Ada, Hopper and newer); the log says why where it cannot
+    fp8_recipe: Literal["delayed", "current", "block"] = "delayed"  # a scale from earlier steps, this tensor, 128 of its elements
+    fp8_history: int = 16  # delayed: steps whose largest value sets the scale
+    fp8_margin: int = 0  # delayed and current: binary digits of range that the scale leaves free
+    fp8_required: bool = False  # where FP8 cannot run, stop instead of going on without it
+    fp8_emulate: bool = False  # round as FP8 does and multiply in float32: for tests, on any machine, slow
+    fp8_warn_percent: float = 1.0  # warn where more than this share of a step's values saturates or becomes 0
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     plan: bool = False  # print what this run would need and give (memory, time, loss) and stop: needs no GPU
     num_gpus: int = 1  # of the plan
@@ -272,6 +284,7 @@ class Config:
     log: LogConfig = LogConfig()
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
+    fp8: Fp8Config = Fp8Config()
     plan: PlanConfig = PlanConfig()
     origins: dict[str, str] = field(default_factory=dict)  # knob -> "default", "config/x.py:12" or "command line"
 
@@ -556,11 +569,11 @@ def origin_of(names: Iterable[str], origins: dict[str, str]) -> str:
 
 POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_steps log_interval adam_eps norm_eps rope_theta
     sample_tokens max_skipped_steps max_hours start_timeout_s step_timeout_s num_gpus plan_mfu num_samples
-    max_new_tokens""".split()
+    max_new_tokens fp8_history""".split()
 NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
     eval_interval eval_iters hellaswag_interval hellaswag_items sample_interval checkpoint_interval checkpoint_minutes
     rolling_interval keep_rolling keep_epochs gradient_log_interval fsdp_min_num_params hsdp_shard_size seed loss_chunk_rows
-    temperature top_k limit""".split()
+    temperature top_k limit fp8_margin fp8_warn_percent""".split()
 FRACTIONS = ["dropout", "beta1", "beta2"]
 
 
@@ -610,6 +623,11 @@ def impossible_combinations(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
     if optim.decay_lr and optim.lr_schedule != "constant" and optim.min_lr > optim.learning_rate:
         text = f"min_lr={optim.min_lr} is above learning_rate={optim.learning_rate}; pass --min_lr={optim.learning_rate / 10:g}"
         found.append((("learning_rate", "min_lr"), text))
+    for flag in ("fp8_required", "fp8_emulate"):
+        if vars(cfg.fp8)[flag] and not cfg.fp8.use_fp8:
+            found.append(((flag, "use_fp8"), f"{flag} says how FP8 is used, and use_fp8 is False: pass --use_fp8 as well"))
+    if cfg.fp8.use_fp8 and cfg.run.dtype == "float16":
+        found.append((("use_fp8", "dtype"), "use_fp8 and dtype=float16 do not go together; pass --dtype=bfloat16"))
     for flag, others in (("use_zero1", ("ddp",)), ("use_fsdp", ("ddp", "zero1"))):
         if vars(cfg.parallel)[flag] and cfg.parallel.parallel in others:
             found.append(((flag, "parallel"), f"{flag} and parallel={cfg.parallel.parallel} contradict each other: pass one"))

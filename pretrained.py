@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import FOLDER, Checkpoint, find_checkpoint, is_checkpoint, tiers_in
+from checkpoint import Checkpoint, checkpoints_of, find_checkpoint, is_checkpoint
 from configurator import GPT2_MODELS, NOT_SHAPE, Config, DataConfig, ModelConfig, UserError, section_from
 from data.source import go_offline_without_network
 from data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer, same_ids
@@ -145,7 +145,7 @@ def check_tokenizer(pretrained: Pretrained, dataset: Dataset) -> None:
 def _of_checkpoint(path: Path, which: str, data_dir: str) -> Pretrained:
     if is_checkpoint(path):
         path, which = path.parent.parent, str(path)
-    elif which == "best" and "best_model" not in tiers_in(path / FOLDER):
+    elif which == "best" and "best_model" not in dict(checkpoints_of(path)):
         which = "latest"
     checkpoint = find_checkpoint(path, which, lambda line: print(line, file=sys.stderr))
     if checkpoint is None:

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -56,6 +56,7 @@ class Throughput:
     flops_per_token_causal: float  # attention counted causally
     peak_tflops: float | None  # of all GPUs together; None where the hardware is unknown
     tokens_per_step: int
+    peak_fp8_tflops: float | None = None  # the same in FP8, where that is what the run computes in
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class StepRecord:
     reserved_gb: float | None = None
     skipped: int = 0  # steps skipped so far because of a non-finite gradient
     own_ms: Sequence[float] = ()  # of each rank, its own work of the step before: until it waits for the others
+    fp8: Mapping[str, Any] | None = None  # of FP8 training: what rounding did to each class of tensors
 
 
 def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
@@ -90,6 +92,8 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
         gradients |= {"grad_mean": step.grad_mean, "grad_std": step.grad_std}
     memory = {"allocated_gb": step.allocated_gb, "peak_gb": step.peak_gb, "reserved_gb": step.reserved_gb}
     slowest = max(range(len(step.own_ms)), key=lambda rank: step.own_ms[rank], default=0)
+    peak_fp8 = throughput.peak_fp8_tflops
+    over_fp8 = {"mfu_fp8_percent": round(100 * achieved_tflops / peak_fp8, 4)} if peak_fp8 else {}
     ranks = {"ranks": {"slowest": slowest, "slowest_ms": round(step.own_ms[slowest], 3)}} if len(step.own_ms) > 1 else {}
     return {
         "iter": step.iter,
@@ -105,10 +109,12 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
             "peak_tflops": peak,
             "flops_per_token": throughput.flops_per_token,
             "tokens_per_sec": tokens_per_sec,
+            **over_fp8,
         },
         "memory": None if step.allocated_gb is None else {name: round(size, 3) for name, size in memory.items()},
         "gradients": gradients,
         **ranks,
+        **({"fp8": step.fp8} if step.fp8 else {}),
     }
 
 

@@ -24,6 +24,8 @@ from torch.nn.attention import SDPBackend
 import kernels
 from checkpoint import (
     FOLDER,
+    FOLDERS,
+    FP8_FOLDER,
     Checkpoint,
     CheckpointStore,
     Piece,
@@ -42,6 +44,7 @@ from data.tokenizer import copy_tokenizer, load_tokenizer
 from data.tokens import Dataset, padded_vocab_size
 from evaluation import Prompt
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
+from fp8 import Fp8
 from hellaswag import Questions, find_source, read_items, tokenize
 from micro_step import GraphedMicroStep, MicroStep
 from model import Transformer
@@ -73,6 +76,7 @@ class TrainState:
     layout: Layout
     optimizer: torch.optim.AdamW
     loss_scale: LossScale
+    fp8: Fp8
     ranks: Ranks
     run_name: str
     step: int = 0  # finished steps
@@ -92,7 +96,7 @@ class TrainState:
     def held(self) -> Iterator[tuple[str, Piece, int]]:
         """(name, piece, number of ranks that hold the same) of every tensor of a checkpoint."""
         parts, world_size = self.layout.parts, self.ranks.world_size
-        scalars = self.loss_scale.tensors()
+        scalars = self.loss_scale.tensors() | self.fp8.tensors()
         for name, tensor in optimizer_tensors({name: part.rows for name, part in parts.items()}, self.optimizer).items():
             part = parts[name.removeprefix("optim.").rpartition(".")[0]]
             if tensor.ndim:
@@ -103,6 +107,12 @@ class TrainState:
             yield f"model.{name}", Piece(part.rows.detach(), part.first_row, tuple(part.parameter.shape)), part.copies
         for name, tensor in scalars.items():
             yield name, Piece.whole(tensor), world_size
+
+    def begin_step(self) -> None:
+        """Before the first micro-step."""
+        if self.fp8.active:
+            self.layout.settle()
+            self.fp8.begin_step()
 
     def to_save(self) -> dict[str, Piece]:
         """This rank's share of the tensors: ranks that hold the same rows divide them, so that each copies and writes as much."""
@@ -126,11 +136,16 @@ class TrainState:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """From a checkpoint of any number of ranks and any layout. Raises UserError where it is of another model."""
-        # A run may go on in another dtype: a loss scale that was not saved starts afresh, one that is not needed is dropped.
-        unused_scale = LossScale(torch.float16, self.ranks.device).tensors()
-        pieces, saved = unused_scale | {name: piece for name, piece, _ in self.held()}, checkpoint.metadata.state_dict_metadata
-        checkpoint.load({name: piece for name, piece in pieces.items() if name in saved or name not in unused_scale})
+        pieces, saved = {name: piece for name, piece, _ in self.held()}, checkpoint.metadata.state_dict_metadata
+        # A run may go on in another dtype: scales that were not saved start afresh, and those that are not needed are dropped.
+        for name in {name for name in pieces | saved if name.startswith(("loss_scale.", "fp8."))}:
+            if name not in saved:
+                del pieces[name]
+            elif name not in pieces or pieces[name].shape != tuple(saved[name].size):
+                pieces[name] = Piece.whole(torch.empty(saved[name].size, dtype=saved[name].properties.dtype))
+        checkpoint.load(pieces)
         self.layout.finish()
+        self.fp8.set_scales()
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
@@ -214,28 +229,37 @@ def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Che
 
 def is_own(cfg: Config, checkpoint: Checkpoint | None) -> bool:
     """Whether there is one and it lies in this run's out_dir; `--resume=PATH` may name another run's."""
-    return checkpoint is not None and checkpoint.path.parent.resolve() == (Path(cfg.run.out_dir) / FOLDER).resolve()
+    own = [(Path(cfg.run.out_dir) / name).resolve() for name in FOLDERS]
+    return checkpoint is not None and checkpoint.path.parent.resolve() in own
 
 
-def in_latest(cfg: Config, checkpoint: Checkpoint | None) -> tuple[int, int] | None:
+def folder_of(fp8: Fp8) -> str:
+    """Where in out_dir a run saves."""
+    return FP8_FOLDER if fp8.active else FOLDER
+
+
+def in_latest(cfg: Config, checkpoint: Checkpoint | None, fp8: Fp8) -> tuple[int, int] | None:
     """(finished steps, last evaluated step) of what `latest` holds, if it was resumed; any other has yet to become it."""
-    if checkpoint and is_own(cfg, checkpoint) and checkpoint.path.name == "latest":
+    if not checkpoint or not is_own(cfg, checkpoint):
+        return None
+    if (checkpoint.path.parent.name, checkpoint.path.name) == (folder_of(fp8), "latest"):
         return checkpoint.iter, checkpoint.state["counters"]["evaluated_step"]
     return None
 
 
 def open_store(
-    cfg: Config, dataset: Dataset, checkpoint: Checkpoint | None, log: TrainingLogger, ranks: Ranks
+    cfg: Config, dataset: Dataset, checkpoint: Checkpoint | None, log: TrainingLogger, state: TrainState
 ) -> CheckpointStore:
     """The run's checkpoints, and its tokenizer beside them. Those of another run are set aside: nothing is refused any more."""
-    out_dir = Path(cfg.run.out_dir)
+    out_dir, ranks = Path(cfg.run.out_dir), state.ranks
     if ranks.is_main and not cfg.eval.eval_only:
         with suppress(OSError):  # a disk that is full is no reason not to train
             copy_tokenizer(dataset, out_dir / TOKENIZER_FOLDER)
     if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := ranks.agree(lambda: set_aside(out_dir))):
         log.line(line)
     own = ranks.with_own_group(cfg.parallel.start_timeout_s) if ranks.world_size > 1 else None
-    return CheckpointStore(out_dir, cfg.checkpoint, lambda saved: log.checkpoint(vars(saved)), log.line, own)
+    said = (lambda saved: log.checkpoint(vars(saved)), log.line)
+    return CheckpointStore(out_dir, cfg.checkpoint, *said, own, folder_of(state.fp8))
 
 
 def load_prompt(cfg: Config, dataset: Dataset) -> Prompt | None:
@@ -355,15 +379,18 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def start_report(
-    cfg: Config, dataset: Dataset, ranks: Ranks, dtype: torch.dtype, chosen_kernels: dict[str, str], parallel: str
+    cfg: Config, dataset: Dataset, state: TrainState, dtype: torch.dtype, chosen_kernels: dict[str, str], parallel: str
 ) -> tuple[dict[str, dict[str, Any]], Throughput]:
     """(what the run is, for the console and the log; what turns its step times into MFU)."""
+    ranks = state.ranks
     full, causal = flops_per_token(cfg.model), flops_per_token(cfg.model, causal=True)
     name, precision = device_name(ranks.device), str(dtype).removeprefix("torch.")
     arithmetic = precision
     if dtype == torch.float32 and peak_tflops(name, "tf32"):
         arithmetic = "tf32"  # what choose_device sets for the products of float32
     peak = peak_tflops(name, arithmetic) if ranks.device.type == "cuda" else None
+    peak_fp8 = peak_tflops(name, "fp8") if state.fp8.active and peak else None
+    products = f"fp8 products in the blocks ({cfg.fp8.fp8_recipe} scaling), " if state.fp8.active else ""
     factors = (cfg.data.batch_size, cfg.data.gradient_accumulation_steps, cfg.model.block_size)
     tokens_per_step = math.prod(factors)
     info = {
@@ -381,7 +408,7 @@ def start_report(
             "batch": " x ".join(map(str, factors)) + f" = {tokens_per_step:,} tokens a step",
             "steps": cfg.optim.max_iters,
             "parallel": parallel,
-            "precision": f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision,
+            "precision": products + (f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision),
             **chosen_kernels,
             "attention": attention_backend(cfg, ranks.device, dtype),
             "compile": cfg.run.compile,
@@ -395,7 +422,8 @@ def start_report(
         "output": output_info(cfg),
         "software": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
     }
-    return info, Throughput(full, causal, peak and peak * ranks.world_size, tokens_per_step)
+    peaks = (peak and peak * ranks.world_size, tokens_per_step, peak_fp8 and peak_fp8 * ranks.world_size)
+    return info, Throughput(full, causal, *peaks)
 
 
 def marker_lines(info: dict[str, dict[str, Any]], layout: Layout) -> list[str]:

@@ -23,6 +23,7 @@ from checkpoint import CheckpointStore
 from data.loader import Loader, SampleOrder
 from data.tokens import Dataset, load_dataset
 from evaluation import Evaluator
+from fp8 import by_class, choose_fp8, losses_above
 from micro_step import MicroStep
 from model import build_model
 from optim import build_optimizer, describe_groups, learning_rate, update
@@ -49,6 +50,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     stop = StopRequest(cfg.run.max_hours, ranks)
     cfg, pretrained = with_pretrained(cfg)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
+    fp8, fp8_notes = choose_fp8(cfg, ranks.device, dtype, ops)
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
     dataset = load_dataset(cfg.data, cfg.model.block_size)
@@ -57,17 +59,19 @@ def train(cfg: Config, stack: ExitStack) -> int:
     prompt, questions = startup.load_prompt(cfg, dataset), startup.load_questions(cfg, dataset, ranks)
     layout, parallel = choose_layout(cfg, ranks, dtype)
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, ranks, stack)
+    notes = [*fp8_notes, *notes]
 
     # 3. Model: shapes on meta, then shard, then storage and initialisation, then (below, with a log to say so) compile.
-    model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, layout.shard, put_rows)
+    model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
+    fp8.attach(ranks.device, sharded=layout.name == "fsdp")
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
     optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
 
     # 5. Resume: everything that moves is tracked by one object, so everything is restored.
     run_name = startup.run_name_of(cfg, checkpoint, ranks)
-    state = TrainState(model, layout, optimizer, LossScale(dtype, ranks.device), ranks, run_name)
+    state = TrainState(model, layout, optimizer, LossScale(dtype, ranks.device), fp8, ranks, run_name)
     startup.restore(state, checkpoint, pretrained)
     loader = Loader(dataset.train, order, cfg.data, ranks.device, ranks.rank, ranks.world_size, state.samples)
     stack.callback(loader.close)
@@ -76,19 +80,19 @@ def train(cfg: Config, stack: ExitStack) -> int:
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
     log = TrainingLogger(cfg, state.run_name, resume_iter, checkpoint and checkpoint.state["run_name"], active=ranks.is_main)
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
-    info, throughput = startup.start_report(cfg, dataset, ranks, dtype, chosen_kernels, parallel)
+    info, throughput = startup.start_report(cfg, dataset, state, dtype, chosen_kernels, parallel)
     log.report(info, throughput)
     notes = [*startup.marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.schedule_notes(cfg), *notes]
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)
     evaluator = Evaluator(cfg, dataset, dtype, model, forward, ranks, stop, prompt, questions)
-    store = startup.open_store(cfg, dataset, checkpoint, log, ranks)
+    store = startup.open_store(cfg, dataset, checkpoint, log, state)
     stack.push(lambda kind, *_: store.close(wait=kind is None or ranks.world_size == 1))  # until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
     ranks.set_timeout(cfg.parallel.step_timeout_s)
-    readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint)
+    readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint, fp8)
     profiler = stack.enter_context(Profiler(cfg.run, state.run_name, ranks, log.line, readback.restart_clock))
     loop(Run(cfg, dataset, order, state, loader, micro_step, log, store, evaluator, readback, profiler, stop, in_latest))
     return stop.exit_code
@@ -112,6 +116,7 @@ class Run:
     stop: StopRequest
     in_latest: tuple[int, int] | None  # what `latest` holds: finished steps, and the last of them that was evaluated
     overdue: bool = False  # rank 0 says that `latest` was last written checkpoint_minutes ago
+    fp8_warned: bool = False  # of the step before: a loss that lasts is told once
     saved_s: float = field(default_factory=time.monotonic)  # when `latest` was last written
 
 
@@ -155,6 +160,7 @@ def train_step(run: Run) -> None:
     lr = learning_rate(state.step, cfg.optim)
     logged = due(state.step + 1, cfg.log.log_interval) or state.step + 1 in (1, cfg.optim.max_iters)
     loss = torch.zeros((), device=device)
+    state.begin_step()
     for number, (x, y) in enumerate(run.loader.step(), 1):  # (B, T) each, equally long: the mean of their means is the mean
         layout.begin(is_last=number == micro_steps)
         loss += run.micro_step(x, y)
@@ -163,10 +169,11 @@ def train_step(run: Run) -> None:
     table = state.ranks.table(loss[None], [run.stop.code, run.readback.own_ms, overdue])  # (ranks, 4)
     with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
     result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments, layout.gradients())
+    fp8_losses = state.fp8.finish_step(state.ranks.table)
     layout.finish()  # what it brings is under way into the next forward pass: nothing else may be exchanged behind it here
     state.loss_scale.update(result.overflow)
     state.step, state.samples = state.step + 1, run.loader.position
-    figures = torch.cat([table.flatten(), torch.stack([result.norm, result.overflow, *result.moments])])
+    figures = torch.cat([table.flatten(), fp8_losses.flatten(), torch.stack([result.norm, result.overflow, *result.moments])])
     run.readback.push(QueuedStep(state.step, lr, 1e3 * run.loader.wait_s, state.tokens, logged), figures)
 
 
@@ -186,7 +193,8 @@ def report_steps(run: Run, keep: int) -> None:
     state, n = run.state, run.state.ranks.world_size
     for step, figures, time_ms in run.readback.pop(keep):
         losses, codes, own_ms, overdue = (figures[column : 4 * n : 4] for column in range(4))  # of each rank
-        loss, (norm, overflow, *moments) = sum(losses) / n, figures[4 * n :]
+        fp8 = by_class(figures[4 * n : 4 * n + 6 * state.fp8.active])
+        loss, (norm, overflow, *moments) = sum(losses) / n, figures[4 * n + 6 * state.fp8.active :]
         run.stop.hear(codes)
         run.overdue = bool(overdue[0])
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if overflow else 0
@@ -198,11 +206,16 @@ def report_steps(run: Run, keep: int) -> None:
                 f"{state.skipped_in_a_row} steps in a row had no finite gradient, the last at step {step.iter}; weights and "
                 "checkpoints are those from before. Try a lower --learning_rate, or another --dtype than float16"
             )
+        above = losses_above(fp8, run.cfg.fp8.fp8_warn_percent)
+        if above and not run.fp8_warned:
+            run.log.event("fp8_losses", step.iter, f"warning: at step {step.iter} {', '.join(above)}", **fp8)
+        run.fp8_warned = bool(above)
         if step.logged:
             run.log.step(
                 StepRecord(
                     step.iter, loss, step.lr, time_ms, step.data_wait_ms, step.tokens, norm,
                     *(moments or (None, None)), *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped, own_ms,
+                    fp8,
                 )
             )  # fmt: skip
 

@@ -38,6 +38,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     import torch
 
     import kernels
+    from fp8 import choose_fp8
     from model import build_model
     from optim import build_optimizer, update
     from precision import LossScale, choose_dtype
@@ -52,24 +53,28 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
 
     start_bytes = allocated()
     layout, _ = choose_layout(cfg, ranks, dtype)
-    model = build_model(cfg.model, device, cfg.run.seed, ops, layout.shard, put_rows)
+    fp8, _ = choose_fp8(cfg, device, dtype, ops)
+    model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
+    fp8.attach(device, sharded=layout.name == "fsdp")
     parameter_bytes = allocated() - start_bytes
     optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
     optimizer_bytes = allocated() - start_bytes - parameter_bytes
-    state = TrainState(model, layout, optimizer, LossScale(dtype, device), ranks, run_name="")
+    state = TrainState(model, layout, optimizer, LossScale(dtype, device), fp8, ranks, run_name="")
     micro_step = build_micro_step(compile_model(model, cfg, dtype, ranks, lambda line: None), state, cfg, dtype)
     gradient_bytes = 0
     idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
 
     def step() -> None:
         nonlocal gradient_bytes
+        state.begin_step()
         for number in range(1, micro_steps + 1):
             layout.begin(is_last=number == micro_steps)
             micro_step(idx[0], idx[1])
         gradients = layout.gradients()
         gradient_bytes = sum(g.nbytes for g in gradients.tensors)
         update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
+        fp8.finish_step(ranks.table)
         layout.finish()
 
     for _ in range(WARMUP_STEPS):

@@ -36,6 +36,7 @@ def nanotrain(cfg: Config, _: str) -> Step:
     import torch
 
     import kernels
+    from fp8 import choose_fp8
     from micro_step import GraphedMicroStep
     from model import build_model
     from optim import build_optimizer, update
@@ -43,7 +44,9 @@ def nanotrain(cfg: Config, _: str) -> Step:
 
     device = torch.device("cuda", 0)
     ops = kernels.choose(vars(cfg.kernels), "cuda")[0]
-    model = build_model(cfg.model, device, cfg.run.seed, ops)
+    fp8, _ = choose_fp8(cfg, device, torch.bfloat16, ops)
+    model = build_model(cfg.model, device, cfg.run.seed, ops, fp8.convert)
+    fp8.attach(device, sharded=False)
     optimizer, scale = build_optimizer(model.parameters(), cfg.optim, ops.AdamW), LossScale(torch.bfloat16, device)
     forward = torch.compile(model)
 
@@ -59,8 +62,10 @@ def nanotrain(cfg: Config, _: str) -> Step:
     graphed = GraphedMicroStep(micro_step, model.parameters()) if cfg.run.cuda_graph else micro_step
 
     def step(idx: torch.Tensor, targets: torch.Tensor) -> None:
+        fp8.begin_step()
         graphed(idx, targets)
         update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, with_moments=False)
+        fp8.finish_step(lambda figures, _: figures[None])
 
     return step
 

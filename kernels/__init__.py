@@ -19,6 +19,7 @@ GROUPS = {  # knob -> what it chooses
     "rope_kernel": ("rope", "rope_qkv_"),
     "cross_entropy_kernel": ("linear_cross_entropy",),
     "adamw_kernel": ("AdamW",),
+    "fp8_kernel": ("quantize",),
 }
 
 
@@ -35,6 +36,7 @@ class Operations:
     rope_qkv_: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     AdamW: Callable[..., Any]  # the optimizer, as torch.optim.AdamW is called
+    quantize: Callable[..., Any]
 
 
 REFERENCE = Operations(**{name: getattr(reference, name) for names in GROUPS.values() for name in names})
@@ -60,8 +62,10 @@ def triton_kernels() -> Operations:
     from kernels.adamw import AdamW
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.layer_norm import add_layer_norm, layer_norm
+    from kernels.quantize import quantize
     from kernels.rms_norm import add_rms_norm, rms_norm
     from kernels.rope import rope, rope_qkv_
     from kernels.swiglu import swiglu
 
-    return Operations(layer_norm, rms_norm, add_layer_norm, add_rms_norm, swiglu, rope, rope_qkv_, linear_cross_entropy, AdamW)
+    norms = layer_norm, rms_norm, add_layer_norm, add_rms_norm
+    return Operations(*norms, swiglu, rope, rope_qkv_, linear_cross_entropy, AdamW, quantize)

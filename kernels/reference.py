@@ -6,7 +6,7 @@ Each one computes in float32 whatever its inputs are and returns its input's dty
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,20 @@ from torch.utils.checkpoint import checkpoint
 
 Reduction = Literal["mean", "sum"]
 AdamW = partial(torch.optim.AdamW, fused=True)
+FP8_BLOCK = 128  # elements that share a scale where a tensor has many
+
+
+class Quantized(NamedTuple):
+    """A matrix rounded to FP8, and its transpose: a product's two operands both have the summed axis last.
+
+    An inverse scale is what the rounded values are multiplied with to be the matrix again: one for all, (), or one for every
+    FP8_BLOCK elements of a row, (rows, columns / FP8_BLOCK) with neighbours in a column, as torch._scaled_mm wants it.
+    """
+
+    rows: Tensor  # (M, K)
+    rows_inverse: Tensor
+    columns: Tensor  # (K, M)
+    columns_inverse: Tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -89,3 +103,40 @@ def linear_cross_entropy(
     sums = [checkpoint(linear_cross_entropy, rows, weight, t, "sum", use_reentrant=False) for rows, t in pairs]
     total = torch.stack(sums).sum()
     return total if reduction == "sum" else total / (targets != -1).sum()
+
+
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> Quantized:
+    """x (M, K), times `scale` (), rounded to an FP8 dtype; without a scale each FP8_BLOCK elements of a row (or of a column, in
+    the transpose) have their own, which makes their largest the largest of the dtype.
+
+    What is too large becomes the largest number of the dtype; what is not finite becomes NaN. Adds to `stats`, (4,) int64: the
+    largest |x| so far (the bits of a float32, whose order is that of integers), values that were too large, values that became
+    0 and were not, and all values. M and K are multiples of FP8_BLOCK where there is no scale.
+    """
+    values = x.float()
+    if scale is None:
+        rows, rows_inverse = _round_blocks(values, dtype)
+        columns, columns_inverse = _round_blocks(values.t(), dtype)
+        saturated = torch.zeros((), dtype=torch.int64, device=x.device)
+    else:
+        rows, rows_inverse = _round(values * scale, dtype), scale.reciprocal()
+        columns, columns_inverse = rows.t().contiguous(), rows_inverse
+        saturated = ((values * scale).abs() > torch.finfo(dtype).max).sum()
+    largest = values.abs().max().view(torch.int32).long()
+    flushed = ((rows.float() == 0) & (values != 0)).sum()
+    counts = torch.stack((saturated, flushed, torch.full_like(flushed, x.numel())))
+    stats.copy_(torch.cat((torch.maximum(stats[:1], largest), stats[1:] + counts)))
+    return Quantized(rows, rows_inverse, columns, columns_inverse)
+
+
+def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return (values.clamp(-largest, largest) + (values - values)).to(dtype).contiguous()  # inf - inf is NaN
+
+
+def _round_blocks(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(rounded, inverse scales) of each FP8_BLOCK elements of a row."""
+    blocks = values.unflatten(1, (-1, FP8_BLOCK))
+    amax = blocks.abs().amax(2)
+    inverse = torch.where(amax > 0, amax / torch.finfo(dtype).max, 1.0)
+    return _round((blocks / inverse[..., None]).flatten(1), dtype), inverse.t().contiguous().t()

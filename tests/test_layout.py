@@ -18,10 +18,10 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
-    "train": """startup checkpoint configurator data evaluation flops micro_step model optim parallel plan precision pretrained
-        profiling sharding training_logger""",
-    "startup": """checkpoint configurator data evaluation flops hellaswag kernels micro_step model optim parallel plan precision
+    "train": """startup checkpoint configurator data evaluation flops fp8 micro_step model optim parallel plan precision
         pretrained profiling sharding training_logger""",
+    "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel plan
+        precision pretrained profiling sharding training_logger""",
     "evaluation": "configurator data generation hellaswag model parallel precision",
     "profiling": "configurator memory parallel plan",
     "plan": "configurator data flops memory pretrained",
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "micro_step": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
+    "fp8": "configurator kernels",
     "sharding": "configurator memory optim parallel",
     "parallel": "configurator",
     "optim": "configurator",

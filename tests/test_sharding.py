@@ -28,7 +28,8 @@ import checkpoint
 import checkpoint_files
 import train
 from checkpoint_files import open_checkpoint
-from configurator import ROOT, load_config
+from configurator import ROOT, Fp8Config, load_config
+from fp8 import Fp8
 from kernels import REFERENCE
 from model import build_model
 from optim import build_optimizer
@@ -102,7 +103,7 @@ def resume_all(argv: list[str]) -> None:
             model = build_model(cfg.model, ranks.device, 0, shard=layout.shard, put=put_rows)
             layout.attach(model)
             optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, REFERENCE.AdamW)
-            state = TrainState(model, layout, optimizer, LossScale(torch.float32, ranks.device), ranks, "")
+            state = TrainState(model, layout, optimizer, LossScale(torch.float32, ranks.device), Fp8(Fp8Config()), ranks, "")
             state.restore(saved)
             layout.settle()
             expected = saved.read_tensors(saved.metadata.state_dict_metadata)

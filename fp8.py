@@ -1,0 +1,276 @@
+"""FP8 training: which products run in it, how their operands are scaled, and what rounding does to their values.
+
+    y = x W^T                    x and W in e4m3 (4 exponent bits, up to 448), dy in e5m2 (5, up to 57,344)
+    dx = dy W,  dW = dy^T x      (Micikevicius et al. 2022, "FP8 formats for deep learning")
+
+FP8_PRODUCTS run so in training; head, embeddings, norms, attention's own products and every evaluation stay in the run's dtype.
+Weights remain float32 and are rounded once a step. A tensor with one scale is multiplied by 2^-margin largest / amax, with the
+amax of the last steps (`delayed`: one pass over the tensor) or its own (`current`: two). With `block` every 128 elements have a
+scale of their own (DeepSeek-V3, section 3.3.2).
+
+Shapes: M tokens, K inputs and N outputs of a product; L products in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configurator import Config, Fp8Config, UserError
+from kernels import REFERENCE, Operations
+from kernels.reference import FP8_BLOCK, Quantized
+
+FP8_PRODUCTS = ("attention.qkv", "attention.out", "ffn.up", "ffn.out")  # of a block
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+CLASSES = ("activations", "weights", "gradients")
+OLDEST = (8, 9)  # compute capability: Ada
+DIVISOR = 16  # of the sides of a product, as cuBLAS wants them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One product
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What all products of a run have in common."""
+
+    recipe: str
+    margin: int
+    dtype: torch.dtype  # of what goes in and comes out
+    emulated: bool
+    quantize: Callable[..., Quantized]
+
+    def round(self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor | None, stats: Tensor) -> Quantized:
+        """x (M, K) in an FP8 dtype, scaled by the recipe; a weight has no delayed scale, because it is rounded once a step."""
+        if self.recipe == "block":
+            scale = None
+        elif delayed_scale is None or self.recipe == "current":
+            scale = scale_of(x.abs().amax(), dtype, self.margin, 1.0)
+        else:
+            scale = delayed_scale
+        return self.quantize(x, dtype, scale, stats)
+
+    def multiply(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
+        """a b^T of rounded matrices (M, K) and (N, K), each with its inverse scales -> (M, N).
+
+        `fast` adds up in fewer bits: Hopper's tensor cores keep 14 of them, and otherwise bring partial sums to float32.
+        """
+        if self.emulated:
+            with torch.autocast(a[0].device.type, enabled=False):
+                return (restore(*a) @ restore(*b).t()).to(dtype)
+        fast = fast and self.recipe != "block"
+        return torch._scaled_mm(a[0], b[0].t(), a[1], b[1].t(), out_dtype=dtype, use_fast_accum=fast)
+
+
+def restore(rounded: Tensor, inverse: Tensor) -> Tensor:
+    """The matrix in float32 again."""
+    if inverse.ndim == 0:
+        return rounded.float() * inverse
+    return (rounded.float().unflatten(1, (-1, FP8_BLOCK)) * inverse[..., None]).flatten(1)
+
+
+def scale_of(amax: Tensor, dtype: torch.dtype, margin: int, otherwise: float) -> Tensor:
+    """2^-margin largest / amax, float32; `otherwise` where that is no number to multiply with, as before anything was seen."""
+    scale = torch.finfo(dtype).max / 2**margin / amax.float()
+    return torch.where(torch.isfinite(scale) & (scale > 0), scale, otherwise)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, copies, scale_x, scale_dy, stats_x, stats_w, stats_dy, arithmetic):
+        rounded = arithmetic.round(x, E4M3, scale_x, stats_x)
+        w = copies or arithmetic.round(weight, E4M3, None, stats_w)
+        ctx.save_for_backward(rounded.columns, rounded.columns_inverse, scale_dy, *(copies[2:] if copies else (weight,)))
+        ctx.stats_w, ctx.stats_dy, ctx.arithmetic = stats_w, stats_dy, arithmetic
+        ctx.dtypes = x.dtype, weight.dtype
+        return arithmetic.multiply(rounded[:2], w[:2], arithmetic.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, x_inverse, scale_dy, *w = ctx.saved_tensors
+        arithmetic = ctx.arithmetic
+        if len(w) == 1:  # a shard that was gathered for the backward pass: its rounded copy was not kept meanwhile
+            w = arithmetic.round(w[0], E4M3, None, ctx.stats_w)[2:]
+        rounded = arithmetic.round(dy, E5M2, scale_dy, ctx.stats_dy)
+        dx = arithmetic.multiply(rounded[:2], w, ctx.dtypes[0])
+        dw = arithmetic.multiply(rounded[2:], (x, x_inverse), ctx.dtypes[1])
+        return dx, dw, *[None] * 7
+
+
+class Fp8Linear(nn.Linear):
+    """A linear layer whose products run in FP8 while it is in training."""
+
+    def attach(self, arithmetic: Arithmetic, scales: tuple[float, float], device: torch.device) -> None:
+        """`scales`: those of the first step for activations and gradients. What is sharded gets no rounded copy to keep."""
+        self.arithmetic, self.copies = arithmetic, None
+        self.scale_x, self.scale_dy = (torch.tensor(scale, device=device) for scale in scales)
+        self.stats_x, self.stats_w, self.stats_dy = torch.zeros(3, 4, dtype=torch.int64, device=device).clone().unbind()
+
+    def round_weight(self) -> None:
+        """Into the same memory each time, where a CUDA graph finds it."""
+        copies = self.arithmetic.round(self.weight.detach(), E4M3, None, self.stats_w)
+        if self.copies is None:
+            self.copies = Quantized(*(tensor.clone() for tensor in copies))
+        torch._foreach_copy_(list(self.copies), list(copies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        own = self.copies, self.scale_x, self.scale_dy, self.stats_x, self.stats_w, self.stats_dy, self.arithmetic
+        y = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, *own).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All products of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fp8:
+    """The FP8 state of a run; without `arithmetic` there is none, and every method does nothing."""
+
+    cfg: Fp8Config
+    arithmetic: Arithmetic | None = None
+    first_scales: tuple[float, float] = (1.0, 1.0)  # of activations and gradients, before anything was seen
+    linears: list[Fp8Linear] = field(default_factory=list)
+    history: Tensor = field(default_factory=lambda: torch.empty(0))  # (fp8_history, L, 2) amax of activations and gradients
+
+    @property
+    def active(self) -> bool:
+        return self.arithmetic is not None
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Gives the model's blocks FP8 products; the parameters and their names stay. Before they are sharded."""
+        for block in model.blocks if self.active else ():
+            for name in FP8_PRODUCTS:
+                owner, _, attribute = name.partition(".")
+                old = getattr(block.get_submodule(owner), attribute)
+                linear = Fp8Linear(old.in_features, old.out_features, old.bias is not None, device="meta")
+                linear.weight, linear.bias = old.weight, old.bias
+                setattr(block.get_submodule(owner), attribute, linear)
+                self.linears.append(linear)
+        return model
+
+    def attach(self, device: torch.device, sharded: bool) -> None:
+        """When the model has its values; `sharded` weights are rounded whenever they have been gathered."""
+        self._sharded = sharded
+        self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), 2, device=device)
+        for linear in self.linears:
+            linear.attach(self.arithmetic, self.first_scales, device)
+        self.begin_step()
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Before the first micro-step: rounds the weights, and forgets what was counted."""
+        if self.active:
+            torch._foreach_zero_([stats for linear in self.linears for stats in statistics_of(linear)])
+            for linear in self.linears if not self._sharded else ():
+                linear.round_weight()
+
+    @torch.no_grad()
+    def finish_step(self, table: Callable[[Tensor, list[float]], Tensor]) -> Tensor:
+        """After the last micro-step: the next step's scales. (3, 2) shares of all values, by CLASSES: saturated, became 0.
+
+        `table` brings together what all ranks have measured, as Ranks.table. Without FP8 (0, 2).
+        """
+        if not self.active:
+            return torch.empty(0, 2)
+        stats = torch.stack([stats for linear in self.linears for stats in statistics_of(linear)]).view(-1, 3, 4)  # (L, 3, 4)
+        amax = stats[:, ::2, 0].to(torch.int32).view(torch.float32).flatten()  # (2 L,)
+        counts = stats[..., 1:].sum(0).float()  # (3, 3)
+        rows = table(torch.cat((amax, counts.flatten())), [])
+        amax = rows[:, : len(amax)].amax(0).view(-1, 2)
+        counts = rows[:, amax.numel() :].sum(0).view(3, 3)
+        amax = torch.where(torch.isfinite(amax), amax, 0.0)  # of a step that is skipped
+        self.history.copy_(torch.cat((amax[None], self.history[:-1])))
+        self.set_scales()
+        return counts[:, :2] / counts[:, 2:].clamp(min=1)
+
+    @torch.no_grad()
+    def set_scales(self) -> None:
+        """The delayed scales that the history says: a function of it alone, so that a resumed run has the same."""
+        if not self.active:
+            return
+        amax, margin = self.history.amax(0), self.cfg.fp8_margin  # (L, 2)
+        x, dy = (scale_of(amax[:, i], dtype, margin, self.first_scales[i]) for i, dtype in enumerate((E4M3, E5M2)))
+        torch._foreach_copy_([linear.scale_x for linear in self.linears], list(x))
+        torch._foreach_copy_([linear.scale_dy for linear in self.linears], list(dy))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps, by name."""
+        return {"fp8.amax_history": self.history} if self.active and self.cfg.fp8_recipe == "delayed" else {}
+
+
+def statistics_of(linear: Fp8Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """In the order of CLASSES."""
+    return linear.stats_x, linear.stats_w, linear.stats_dy
+
+
+def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Operations) -> tuple[Fp8, list[str]]:
+    """(the run's FP8, lines for the log). Raises UserError where it cannot run and is required."""
+    if not cfg.fp8.use_fp8:
+        return Fp8(cfg.fp8), []
+    if reason := why_not(cfg, device, dtype):
+        if cfg.fp8.fp8_required:
+            raise UserError(f"--fp8_required: {reason}")
+        return Fp8(cfg.fp8), [f"FP8 is left out, and products run in {dtype_name(dtype)}: {reason}"]
+    emulated = cfg.fp8.fp8_emulate
+    arithmetic = Arithmetic(
+        cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, REFERENCE.quantize if emulated else ops.quantize
+    )
+    # What a block's products read is near 1, with outliers; the loss is a mean over a step's tokens, so gradients start out near
+    # 1 / tokens. Either may be a hundred times larger or smaller for the one step that this has to do.
+    tokens = cfg.data.batch_size * cfg.data.gradient_accumulation_steps * cfg.model.block_size
+    line = f"FP8 in {', '.join(FP8_PRODUCTS)} of each block, {cfg.fp8.fp8_recipe} scaling" + (", emulated" if emulated else "")
+    return Fp8(cfg.fp8, arithmetic, (16.0, float(tokens))), [line]
+
+
+def why_not(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps FP8 from running here, and the remedy."""
+    if dtype == torch.float16:
+        return "its products give bfloat16 and not float16; pass --dtype=bfloat16"
+    if not cfg.fp8.fp8_emulate:
+        if device.type != "cuda":
+            return "a CPU has no FP8 products; --fp8_emulate rounds as they do, slowly"
+        if torch.cuda.get_device_capability(device) < OLDEST:
+            return f"{torch.cuda.get_device_name(device)} is older than Ada and Hopper; --fp8_emulate rounds as they do, slowly"
+    m, divisor = cfg.model, FP8_BLOCK if cfg.fp8.fp8_recipe == "block" else DIVISOR
+    sides = {
+        "n_embd": m.n_embd,
+        "the width of qkv": (m.n_head + 2 * m.kv_heads) * m.head_dim,
+        "the feed-forward's width": m.ffn_hidden,
+        "batch_size x block_size": cfg.data.batch_size * m.block_size,
+    }
+    uneven = [f"{name}={value:,}" for name, value in sides.items() if value % divisor]
+    return f"{', '.join(uneven)}: must be a multiple of {divisor} for fp8_recipe={cfg.fp8.fp8_recipe}" if uneven else None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def by_class(shares: list[float]) -> dict[str, Any]:
+    """`finish_step`'s figures, read back, as the run log has them; empty without FP8."""
+    pairs = zip(shares[::2], shares[1::2], strict=True)
+    return {
+        name: {"saturated_percent": 100 * saturated, "flushed_percent": 100 * flushed}
+        for name, (saturated, flushed) in zip(CLASSES, pairs, strict=False)
+    }
+
+
+def losses_above(figures: dict[str, Any], percent: float) -> list[str]:
+    """What of `by_class` is above so many percent, in words."""
+    what = {"saturated_percent": "were too large for FP8", "flushed_percent": "became 0 in FP8"}
+    return [
+        f"{share:.2f} % of the {name} {what[key]}"
+        for name, shares in figures.items()
+        for key, share in shares.items()
+        if share > percent
+    ]

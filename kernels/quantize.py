@@ -1,0 +1,114 @@
+"""Rounding to FP8 in Triton, with the transpose: x is read once, the rounded matrix written twice, along rows and columns.
+
+    rows[m, k] = fp8(clamp(scale x[m, k])),  columns[k, m] = rows[m, k]
+
+Hopper multiplies FP8 only where both operands have the summed axis last: the forward product and the input's gradient want
+rows, the weight's gradient wants columns. A program has one tile of FP8_BLOCK x FP8_BLOCK, which is transposed through shared
+memory, so that both are written in whole cache lines. Where each FP8_BLOCK elements have a scale of their own, it depends on
+nothing but the tile.
+
+Legend: M rows, K columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.reference import FP8_BLOCK, Quantized
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+WARPS = 8
+
+
+@triton.jit
+def _round(z, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+    clamped = tl.minimum(tl.maximum(z, -LARGEST), LARGEST)
+    return (clamped + (z - z)).to(DTYPE)  # what is not finite becomes NaN: inf - inf
+
+
+@triton.jit
+def _inverse(amax, LARGEST: tl.constexpr):
+    return tl.where(amax > 0, amax / LARGEST, 1.0)
+
+
+@triton.jit
+def _kernel(
+    x,
+    scale,  # None where blocks have their own
+    rows,
+    rows_inverse,
+    columns,
+    columns_inverse,
+    stats,
+    M,
+    K,
+    x_stride,
+    LARGEST: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    m = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]  # (SIZE, 1)
+    k = tl.program_id(1) * SIZE + tl.arange(0, SIZE)[None, :]  # (1, SIZE)
+    inside = (m < M) & (k < K)
+    m, k = m.to(tl.int64), k.to(tl.int64)  # a large tensor has more than 2^31 elements
+    values = tl.load(x + m * x_stride + k, inside, 0.0).to(tl.float32)  # (SIZE, SIZE)
+    size = tl.abs(values)
+    dtype: tl.constexpr = rows.dtype.element_ty
+    if scale is not None:
+        z = values * tl.load(scale)
+        y = _round(z, LARGEST, dtype)
+        y_columns = y
+        tl.atomic_add(stats + 1, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)).to(tl.int64))
+    else:
+        inverse_m = _inverse(tl.max(size, 1, keep_dims=True), LARGEST)  # (SIZE, 1)
+        inverse_k = _inverse(tl.max(size, 0, keep_dims=True), LARGEST)  # (1, SIZE)
+        y, y_columns = _round(values / inverse_m, LARGEST, dtype), _round(values / inverse_k, LARGEST, dtype)
+        tl.store(rows_inverse + tl.program_id(1).to(tl.int64) * M + m, inverse_m, m < M)
+        tl.store(columns_inverse + tl.program_id(0).to(tl.int64) * K + k, inverse_k, k < K)
+    tl.store(rows + m * K + k, y, inside)
+    tl.store(columns + tl.trans(k) * M + tl.trans(m), tl.trans(y_columns), tl.trans(inside))
+    tl.atomic_max(stats, tl.max(size).to(tl.int32, bitcast=True).to(tl.int64))
+    tl.atomic_add(stats + 2, tl.sum(((y.to(tl.float32) == 0) & (values != 0)).to(tl.int32)).to(tl.int64))
+    tl.atomic_add(stats + 3, tl.sum(inside.to(tl.int32)).to(tl.int64))
+
+
+@torch.library.custom_op("nanotrain::quantize", mutates_args=("stats",))
+def quantize_op(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`quantize`'s four tensors; the inverse scales are empty where there is one scale."""
+    outputs = quantize_outputs(x, dtype, scale, stats)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    grid = triton.cdiv(x.shape[0], FP8_BLOCK), triton.cdiv(x.shape[1], FP8_BLOCK)
+    with torch.cuda.device_of(x):
+        _kernel[grid](x, scale, *outputs, stats, *x.shape, x.stride(0), torch.finfo(dtype).max, FP8_BLOCK, num_warps=WARPS)
+    return outputs
+
+
+@quantize_op.register_fake
+def quantize_outputs(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    M, K = x.shape
+    m_blocks, k_blocks = (M // FP8_BLOCK, K // FP8_BLOCK) if scale is None else (0, 0)
+    rows_inverse = x.new_empty(k_blocks, M, dtype=torch.float32)
+    columns_inverse = x.new_empty(m_blocks, K, dtype=torch.float32)
+    return x.new_empty(M, K, dtype=dtype), rows_inverse, x.new_empty(K, M, dtype=dtype), columns_inverse
+
+
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> Quantized:
+    """What reference.quantize is. x is float32, bfloat16 or float16; a wrong shape, dtype or device is named in a ValueError."""
+    if x.device.type != DEVICE or x.ndim != 2 or x.dtype not in DTYPES:
+        raise ValueError(
+            f"x: expected a matrix of float32, bfloat16 or float16 on {DEVICE}, got {x.dtype} {list(x.shape)}, {x.device}"
+        )
+    if dtype not in FP8_DTYPES:
+        raise ValueError(f"dtype: expected float8_e4m3fn or float8_e5m2, got {dtype}")
+    if scale is None and (x.shape[0] % FP8_BLOCK or x.shape[1] % FP8_BLOCK):
+        raise ValueError(f"x: blocks have {FP8_BLOCK} elements, which do not divide both of {list(x.shape)}")
+    rows, rows_inverse, columns, columns_inverse = quantize_op(x, dtype, scale, stats)
+    if scale is not None:
+        inverse = scale.reciprocal()
+        return Quantized(rows, inverse, columns, inverse)
+    return Quantized(rows, rows_inverse.t(), columns, columns_inverse.t())

@@ -1,0 +1,330 @@
+"""FP8 training, emulated: rounding to e4m3 and e5m2, scales, the products' gradients, and whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from configurator import Config, DataConfig, Fp8Config, ModelConfig, UserError, load_config
+from fp8 import E4M3, E5M2, FP8_PRODUCTS, Fp8, Fp8Linear, by_class, choose_fp8, losses_above, scale_of
+from kernels import REFERENCE
+from kernels.reference import quantize
+from model import Transformer, build_model
+from tiny_runs import Runs
+
+CPU = torch.device("cpu")
+SHAPE = dict(n_layer=2, n_head=2, n_embd=128, block_size=64, vocab_size=64, d_ff=256, ffn_type="swiglu", bias=True)
+FP8 = ("--use_fp8", "--fp8_emulate")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    with Runs(tmp_path) as runs:
+        yield runs
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def no_stats() -> Tensor:
+    return torch.zeros(4, dtype=torch.int64)
+
+
+def table(figures: Tensor, _: list[float]) -> Tensor:
+    """One rank's."""
+    return figures[None]
+
+
+def build(recipe: str = "delayed", **knobs: object) -> tuple[Transformer, Fp8]:
+    """A model with FP8 products, whose scales have seen one step."""
+    cfg = Config(
+        model=ModelConfig(**SHAPE | knobs),
+        data=DataConfig(batch_size=2, gradient_accumulation_steps=1),
+        fp8=Fp8Config(use_fp8=True, fp8_emulate=True, fp8_recipe=recipe),
+    )
+    fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE)
+    model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
+    fp8.attach(CPU, sharded=False)
+    backward(model)
+    fp8.finish_step(table)
+    fp8.begin_step()
+    return model, fp8
+
+
+def backward(model: Transformer) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of one batch."""
+    ids = torch.randint(64, (2, 2, 64), generator=torch.Generator().manual_seed(3))
+    model.zero_grad()
+    loss = model(*ids)
+    loss.backward()
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rounding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "largest", "smallest", "digits"), [(E4M3, 448, 2**-9, 3), (E5M2, 57344, 2**-16, 2)], ids=str)
+def test_rounding_is_the_formats(dtype: torch.dtype, largest: float, smallest: float, digits: int) -> None:
+    """To the nearest, ties to even; beyond the largest that; below half of the smallest 0; what is not finite NaN."""
+    one_up = 1 + 2.0**-digits
+    tie, above = (1 + one_up) / 2, (1 + one_up) / 2 + 1e-3
+    x = torch.tensor([[tie, above, 1e9, -1e9, smallest * 0.6, smallest * 0.4, torch.inf, torch.nan]])
+    stats = no_stats()
+    rounded = quantize(x, dtype, torch.tensor(1.0), stats)
+    want = [1, one_up, largest, -largest, smallest, 0, torch.nan, torch.nan]
+    torch.testing.assert_close(rounded.rows[0].float(), torch.tensor(want), rtol=0, atol=0, equal_nan=True)
+    assert stats[1:].tolist() == [3, 1, 8]  # infinity is too large as well
+
+
+@pytest.mark.parametrize("scale", [None, 7.0])
+def test_rows_and_columns_are_the_matrix(scale: float | None) -> None:
+    x = normal(128, 256) * torch.logspace(-3, 3, 256)
+    stats = no_stats()
+    rounded = quantize(x, E4M3, None if scale is None else torch.tensor(scale), stats)
+    for values, inverse, truth in ((*rounded[:2], x), (*rounded[2:], x.t())):
+        if scale is None:
+            inverse = inverse.repeat_interleave(128, dim=1)
+        inside = truth.abs() < 448 / (scale or 1e-9)
+        error = (values.float() * inverse - truth).abs()[inside]
+        assert (error <= truth.abs()[inside] * 2**-4 + inverse.max() * 2**-10).all()
+    assert stats[:1].to(torch.int32).view(torch.float32) == x.abs().max()
+
+
+def test_the_scale_of_nothing_or_nonsense() -> None:
+    amax = torch.tensor([448.0, 0.0, torch.inf, torch.nan, 1e-45])
+    assert scale_of(amax, E4M3, 1, 3.0).tolist() == [0.5, 3.0, 3.0, 3.0, 3.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Products
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
+def test_gradients_are_those_of_float32_up_to_rounding(recipe: str) -> None:
+    """e4m3 rounds by up to 1/16, e5m2 by up to 1/8: a few per cent of a sum of many. A wrong operand is far off."""
+    model, _ = build(recipe)
+    exact = build_model(model.cfg, CPU, 1)
+    (loss, gradients), (true_loss, truth) = backward(model), backward(exact)
+    assert loss == pytest.approx(true_loss, rel=3e-3) and loss != true_loss
+    for name, got, want in zip(dict(model.named_parameters()), gradients, truth, strict=True):
+        assert (got - want).norm() <= 0.15 * want.norm(), name
+
+
+def test_which_products_run_in_fp8() -> None:
+    model, fp8 = build()
+    assert {name.split(".", 2)[2] for name, module in model.named_modules() if isinstance(module, Fp8Linear)} == set(FP8_PRODUCTS)
+    assert len(fp8.linears) == 8
+    assert dict(model.named_parameters()).keys() == dict(Transformer(model.cfg).named_parameters()).keys()
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
+def test_recomputing_a_block_changes_nothing(recipe: str) -> None:
+    plain, recomputed = build(recipe), build(recipe, gradient_checkpointing=True)
+    for (loss, gradients), (other_loss, others) in [(backward(plain[0]), backward(recomputed[0]))]:
+        assert loss == other_loss and all(map(torch.equal, gradients, others))
+    plain[1].finish_step(table), recomputed[1].finish_step(table)
+    assert torch.equal(plain[1].history, recomputed[1].history)
+
+
+def test_weights_are_rounded_once_a_step() -> None:
+    model, fp8 = build()
+    for _ in range(3):  # micro-steps
+        backward(model)
+    linear = fp8.linears[0]
+    assert linear.stats_w[3] == linear.weight.numel() and linear.stats_x[3] == 3 * 2 * 64 * 128
+
+
+def test_evaluation_is_in_full_precision() -> None:
+    model, _ = build()
+    exact, ids = build_model(model.cfg, CPU, 1).eval(), torch.randint(64, (1, 7))  # no multiple of 16
+    assert torch.equal(model.eval()(ids), exact(ids))
+
+
+def test_compiled_products_count_and_round_as_plain_ones() -> None:
+    _, fp8 = build()
+    linear = fp8.linears[0]
+    x = normal(32, 128).requires_grad_()
+    outcomes = []
+    for call in (linear, torch.compile(linear, fullgraph=True)):
+        fp8.begin_step()
+        linear.zero_grad()
+        x.grad = None
+        y = call(x)
+        y.square().sum().backward()
+        outcomes.append((y.detach(), x.grad, linear.weight.grad, linear.stats_x.clone(), linear.stats_dy.clone()))
+    for plain, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scales and statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
+    cfg = Fp8Config(use_fp8=True, fp8_history=2, fp8_margin=1)
+    _, fp8 = build()
+    fp8.cfg = cfg
+    fp8.history = torch.zeros(2, len(fp8.linears), 2)
+    linear, scales = fp8.linears[0], []
+    for amax in (4.0, 2.0, 1.0, torch.nan, 0.0, 0.0):
+        linear.stats_x[0] = torch.tensor(amax).view(torch.int32).long()
+        fp8.finish_step(table)
+        scales.append(linear.scale_x.item())
+    first = fp8.first_scales[0]
+    assert scales == [448 / 2 / 4, 448 / 2 / 4, 448 / 2 / 2, 448 / 2 / 1, first, first]
+
+
+def test_ranks_share_what_they_measured() -> None:
+    _, fp8 = build()
+    backward(build()[0])
+    fp8.finish_step(lambda figures, _: torch.stack([figures, 2 * figures]))
+    one = fp8.history[0].clone()
+    _, alone = build()
+    alone.finish_step(table)
+    assert torch.equal(one, 2 * alone.history[0])
+
+
+def test_shares_are_named_and_warned_of() -> None:
+    figures = by_class([0.02, 0.0, 0.0, 0.5, 0.0, 0.0])
+    assert figures["activations"] == {"saturated_percent": 2.0, "flushed_percent": 0.0}
+    assert losses_above(figures, 1.0) == [
+        "2.00 % of the activations were too large for FP8",
+        "50.00 % of the weights became 0 in FP8",
+    ]
+    assert by_class([]) == {} and losses_above({}, 0.0) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it cannot run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ((), "a CPU has no FP8 products; --fp8_emulate"),
+        (("--fp8_emulate", "--n_embd=24", "--n_head=2"), "n_embd=24, the width of qkv=72: must be a multiple of 16"),
+        (("--fp8_emulate", "--n_embd=64", "--n_head=2", "--fp8_recipe=block"), "must be a multiple of 128"),
+        (("--fp8_emulate", "--batch_size=1", "--block_size=24"), "batch_size x block_size=24"),
+    ],
+    ids=str,
+)
+def test_why_not(flags: tuple[str, ...], reason: str) -> None:
+    given = ["--use_fp8", "--n_embd=64", "--n_head=2", "--block_size=64", "--device=cpu", *flags]
+    fp8, lines = choose_fp8(load_config(given), CPU, torch.bfloat16, REFERENCE)
+    assert not fp8.active and "FP8 is left out, and products run in bfloat16" in lines[0] and reason in lines[0]
+    with pytest.raises(UserError, match="--fp8_required"):
+        choose_fp8(load_config([*given, "--fp8_required"]), CPU, torch.bfloat16, REFERENCE)
+
+
+@pytest.mark.parametrize(
+    "flags", [("--fp8_required",), ("--use_fp8", "--dtype=float16"), ("--use_fp8", "--fp8_recipe=delayd")], ids=str
+)
+def test_impossible_flags(flags: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=r"use_fp8|did you mean delayed"):
+        load_config(flags)
+
+
+def test_a_run_says_why_and_goes_on(runs: Runs) -> None:
+    assert "FP8 is left out, and products run in float32: a CPU has no" in runs.run("out", "--use_fp8", "--max_iters=2")
+    assert "error: --fp8_required: a CPU has no" in runs.run("b", "--use_fp8", "--fp8_required", exit_code=2)
+    assert set(runs.tiers("out")) == {"latest"} and not (runs.folder / "b").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_what_float32_learns_and_reports(runs: Runs) -> None:
+    output = runs.run("fp8", *FP8, "--max_iters=40", "--eval_interval=20", "--eval_iters=2")
+    runs.run("exact", "--max_iters=40")
+    losses, exact = runs.losses("fp8"), runs.losses("exact")
+    assert losses[40] < 0.75 * losses[1] and losses[40] == pytest.approx(exact[40], rel=0.05) and losses != exact
+    assert "FP8 in attention.qkv, attention.out, ffn.up, ffn.out of each block, delayed scaling, emulated" in output
+    log = runs.log("fp8")
+    assert log["startup_info"]["training"]["precision"].startswith("fp8 products in the blocks (delayed scaling)")
+    shares = log["training_iterations"][-1]["fp8"]
+    assert set(shares) == {"activations", "weights", "gradients"} and 0 <= shares["weights"]["flushed_percent"] < 1
+    assert "fp8" not in runs.log("exact")["training_iterations"][0]
+
+
+def test_micro_batches_only_share_the_work(runs: Runs) -> None:
+    """All micro-steps have the same scales."""
+    runs.run("two", *FP8, "--max_iters=3")
+    runs.run("one", *FP8, "--max_iters=3", "--batch_size=8", "--gradient_accumulation_steps=1")
+    assert runs.losses("two")[1] == pytest.approx(runs.losses("one")[1], rel=1e-5)
+    assert runs.losses("two")[3] == pytest.approx(runs.losses("one")[3], rel=2e-3)
+
+
+def test_a_warning_is_told_once(runs: Runs) -> None:
+    output = runs.run("out", *FP8, "--max_iters=5", "--fp8_warn_percent=0")
+    assert "in FP8" in output and output.count("warning: at step") == 1
+
+
+@pytest.mark.parametrize("flags", [("--dropout=0.1",), ("--gradient_checkpointing", "--fp8_recipe=current")], ids=str)
+def test_stopped_and_resumed_bit_for_bit(runs: Runs, flags: tuple[str, ...]) -> None:
+    flags = (
+        *FP8,
+        *flags,
+        "--eval_interval=4",
+        "--eval_iters=1",
+        "--sample_interval=5",
+        "--sample_tokens=3",
+        "--sample_prompt=the",
+    )
+    runs.run("whole", *flags, "--max_iters=12")
+    runs.run("parts", *flags, "--max_iters=5")
+    runs.run("parts", *flags, "--max_iters=12", "--resume=latest")
+    whole, parts = (fp8_tensors(runs, name) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    assert runs.losses("whole") == runs.losses("parts")
+    assert ("fp8.amax_history" in whole) == ("--fp8_recipe=current" not in flags)
+
+
+def fp8_tensors(runs: Runs, out_dir: str) -> dict[str, Tensor]:
+    checkpoint = runs.checkpoint(out_dir)
+    assert checkpoint.path.parent.name == "checkpoints_fp8"
+    return checkpoint.read_tensors(checkpoint.metadata.state_dict_metadata)
+
+
+def test_a_run_goes_from_one_precision_to_the_other(runs: Runs) -> None:
+    """Each saves in its own folder, and `latest` is the newest of both; a history of another length starts afresh."""
+    runs.run("out", "--max_iters=3")
+    assert "checkpoints/latest after step 3" in runs.run("out", *FP8, "--max_iters=6", "--resume=latest")
+    longer = runs.run("out", *FP8, "--fp8_history=4", "--max_iters=7", "--resume=latest")
+    assert "checkpoints_fp8/latest after step 6" in longer
+    assert "checkpoints_fp8/latest after step 7" in runs.run("out", "--max_iters=9", "--resume=latest")
+    assert runs.checkpoint("out").path.parent.name == "checkpoints" and runs.checkpoint("out").iter == 9
+    assert list(runs.losses("out")) == list(range(1, 10))
+    moved = runs.run("out", "--max_iters=1")
+    assert "checkpoints." in moved and "checkpoints_fp8." in moved and not (runs.folder / "out" / "checkpoints_fp8").exists()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
+def test_two_ranks_train_as_one(runs: Runs, parallel: str) -> None:
+    """The ranks agree on scales, so one set is in the checkpoint."""
+    flags = (*FP8, "--max_iters=4", "--fsdp_min_num_params=1")
+    runs.run_ranks(2, "two", *flags, f"--parallel={parallel}")
+    runs.run("one", *flags)
+    one, two = runs.losses("one"), runs.losses("two")
+    assert two[1] == pytest.approx(one[1], rel=1e-5) and two[4] == pytest.approx(one[4], rel=5e-3)
+    alone, shared = (fp8_tensors(runs, name)["fp8.amax_history"][0] for name in ("one", "two"))  # of the last step
+    torch.testing.assert_close(shared[:, 0], alone[:, 0], rtol=0.05, atol=0)
+    torch.testing.assert_close(shared[:, 1], 2 * alone[:, 1], rtol=0.5, atol=0)  # a rank's, before they are averaged
+
+
+def test_the_config_of_a_run_without_fp8_does_nothing() -> None:
+    fp8, lines = choose_fp8(Config(), CPU, torch.float32, REFERENCE)
+    model = Transformer(dataclasses.replace(ModelConfig(**SHAPE)))
+    assert lines == [] and fp8.convert(model) is model and fp8.tensors() == {} and len(fp8.finish_step(table)) == 0
