@@ -46,15 +46,17 @@ class Arithmetic:
     emulated: bool
     quantize: Callable[..., Quantized]
 
-    def round(self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor | None, stats: Tensor) -> Quantized:
+    def round(
+        self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor | None, stats: Tensor, out: Quantized | None = None
+    ) -> Quantized:
         """x (M, K) in an FP8 dtype, scaled by the recipe; a weight has no delayed scale, because it is rounded once a step."""
         if self.recipe == "block":
             scale = None
         elif delayed_scale is None or self.recipe == "current":
-            scale = scale_of(x.abs().amax(), dtype, self.margin, 1.0)
+            scale = scale_of(torch.linalg.vector_norm(x, torch.inf), dtype, self.margin, 1.0)
         else:
             scale = delayed_scale
-        return self.quantize(x, dtype, scale, stats)
+        return self.quantize(x, dtype, scale, stats, out)
 
     def multiply(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
         """a b^T of rounded matrices (M, K) and (N, K), each with its inverse scales -> (M, N).
@@ -114,10 +116,7 @@ class Fp8Linear(nn.Linear):
 
     def round_weight(self) -> None:
         """Into the same memory each time, where a CUDA graph finds it."""
-        copies = self.arithmetic.round(self.weight.detach(), E4M3, None, self.stats_w)
-        if self.copies is None:
-            self.copies = Quantized(*(tensor.clone() for tensor in copies))
-        torch._foreach_copy_(list(self.copies), list(copies))
+        self.copies = self.arithmetic.round(self.weight.detach(), E4M3, None, self.stats_w, self.copies)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

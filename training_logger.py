@@ -121,7 +121,8 @@ def step_lines(record: dict[str, Any]) -> list[str]:
     time_text = f"{record['time_ms']:.{0 if record['time_ms'] >= 10 else 2}f}ms"
     rates = f"Achieved: {figure(mfu['achieved_tflops'])} TF"
     if mfu["peak_tflops"] is not None:
-        rates = f"MFU: {mfu['mfu_percent']:.2f}% | {rates} | Peak: {figure(mfu['peak_tflops'])} TF"
+        of_fp8 = f" ({mfu['mfu_fp8_percent']:.2f}% of FP8's peak)" if "mfu_fp8_percent" in mfu else ""
+        rates = f"MFU: {mfu['mfu_percent']:.2f}%{of_fp8} | {rates} | Peak: {figure(mfu['peak_tflops'])} TF"
     flops = mfu["flops_per_token"]
     per_token = f"{flops / 1e9:.1f} GF" if flops >= 1e9 else f"{figure(flops / 1e6)} MF"
     lines = [
@@ -170,9 +171,11 @@ def readable(value: Any) -> str:
 
 def tagged(record: dict[str, Any]) -> dict[str, float]:
     """The figures of a step by tag; what was not measured is absent."""
-    rates = ("time_ms", "data_wait_ms", "tokens", "tokens_per_sec", "achieved_tflops", "mfu_percent", "mfu_causal_percent")
+    rates = ["time_ms", "data_wait_ms", "tokens", "tokens_per_sec", "achieved_tflops"]
+    rates += [key for key in record["mfu"] if key.startswith("mfu_")]
     step = record | record["mfu"]
     tags = {"loss/train": step["loss"], "loss/lr": step["lr"]} | {f"perf/{key}": step[key] for key in rates}
+    tags |= {f"fp8/{name}_{key}": share for name, shares in record.get("fp8", {}).items() for key, share in shares.items()}
     tags |= {f"{group}/{key}": value for group in ("memory", "gradients") for key, value in (record[group] or {}).items()}
     return {tag: value for tag, value in tags.items() if value is not None}
 

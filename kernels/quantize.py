@@ -3,9 +3,9 @@
     rows[m, k] = fp8(clamp(scale x[m, k])),  columns[k, m] = rows[m, k]
 
 Hopper multiplies FP8 only where both operands have the summed axis last: the forward product and the input's gradient want
-rows, the weight's gradient wants columns. A program has one tile of FP8_BLOCK x FP8_BLOCK, which is transposed through shared
-memory, so that both are written in whole cache lines. Where each FP8_BLOCK elements have a scale of their own, it depends on
-nothing but the tile.
+rows, the weight's gradient wants columns. A program has one square tile, which is transposed through shared memory, so that
+both are written in whole sectors. Where each FP8_BLOCK elements have a scale of their own, it depends on nothing but the tile.
+Statistics are added up in memory, by the few programs that have something to add.
 
 Legend: M rows, K columns.
 """
@@ -22,7 +22,8 @@ from kernels.reference import FP8_BLOCK, Quantized
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-WARPS = 8
+TILE, TILE_WARPS = 64, 4  # with one scale; with many a tile has FP8_BLOCK rows and columns
+BLOCK_WARPS = 16
 
 
 @triton.jit
@@ -34,6 +35,11 @@ def _round(z, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _inverse(amax, LARGEST: tl.constexpr):
     return tl.where(amax > 0, amax / LARGEST, 1.0)
+
+
+@triton.jit
+def _add(total, count):
+    tl.atomic_add(total, count.to(tl.int64), count > 0)
 
 
 @triton.jit
@@ -62,7 +68,7 @@ def _kernel(
         z = values * tl.load(scale)
         y = _round(z, LARGEST, dtype)
         y_columns = y
-        tl.atomic_add(stats + 1, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)).to(tl.int64))
+        _add(stats + 1, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)))
     else:
         inverse_m = _inverse(tl.max(size, 1, keep_dims=True), LARGEST)  # (SIZE, 1)
         inverse_k = _inverse(tl.max(size, 0, keep_dims=True), LARGEST)  # (1, SIZE)
@@ -71,21 +77,29 @@ def _kernel(
         tl.store(columns_inverse + tl.program_id(0).to(tl.int64) * K + k, inverse_k, k < K)
     tl.store(rows + m * K + k, y, inside)
     tl.store(columns + tl.trans(k) * M + tl.trans(m), tl.trans(y_columns), tl.trans(inside))
-    tl.atomic_max(stats, tl.max(size).to(tl.int32, bitcast=True).to(tl.int64))
-    tl.atomic_add(stats + 2, tl.sum(((y.to(tl.float32) == 0) & (values != 0)).to(tl.int32)).to(tl.int64))
-    tl.atomic_add(stats + 3, tl.sum(inside.to(tl.int32)).to(tl.int64))
+    amax = tl.max(size).to(tl.int32, bitcast=True).to(tl.int64)
+    tl.atomic_max(stats, amax, amax > tl.load(stats))  # what is read may be old, and so too small, but never too large
+    _add(stats + 2, tl.sum(((y.to(tl.float32) == 0) & (values != 0)).to(tl.int32)))
+    is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    _add(stats + 3, tl.where(is_first, tl.full((), 1, tl.int64) * M * K, 0))
 
 
 @torch.library.custom_op("nanotrain::quantize", mutates_args=("stats",))
 def quantize_op(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize`'s four tensors; the inverse scales are empty where there is one scale."""
     outputs = quantize_outputs(x, dtype, scale, stats)
+    _launch(x, scale, outputs, stats)
+    return outputs
+
+
+def _launch(x: Tensor, scale: Tensor | None, outputs: tuple[Tensor, Tensor, Tensor, Tensor], stats: Tensor) -> None:
     if x.stride(1) != 1:
         x = x.contiguous()
-    grid = triton.cdiv(x.shape[0], FP8_BLOCK), triton.cdiv(x.shape[1], FP8_BLOCK)
+    size, warps = (FP8_BLOCK, BLOCK_WARPS) if scale is None else (TILE, TILE_WARPS)
+    grid = triton.cdiv(x.shape[0], size), triton.cdiv(x.shape[1], size)
+    largest = torch.finfo(outputs[0].dtype).max
     with torch.cuda.device_of(x):
-        _kernel[grid](x, scale, *outputs, stats, *x.shape, x.stride(0), torch.finfo(dtype).max, FP8_BLOCK, num_warps=WARPS)
-    return outputs
+        _kernel[grid](x, scale, *outputs, stats, *x.shape, x.stride(0), largest, size, num_warps=warps)
 
 
 @quantize_op.register_fake
@@ -97,7 +111,7 @@ def quantize_outputs(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats:
     return x.new_empty(M, K, dtype=dtype), rows_inverse, x.new_empty(K, M, dtype=dtype), columns_inverse
 
 
-def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> Quantized:
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, out: Quantized | None = None) -> Quantized:
     """What reference.quantize is. x is float32, bfloat16 or float16; a wrong shape, dtype or device is named in a ValueError."""
     if x.device.type != DEVICE or x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(
@@ -107,6 +121,11 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor)
         raise ValueError(f"dtype: expected float8_e4m3fn or float8_e5m2, got {dtype}")
     if scale is None and (x.shape[0] % FP8_BLOCK or x.shape[1] % FP8_BLOCK):
         raise ValueError(f"x: blocks have {FP8_BLOCK} elements, which do not divide both of {list(x.shape)}")
+    if out is not None:
+        if scale is not None:
+            out.rows_inverse.copy_(scale.reciprocal())
+        _launch(x, scale, (out.rows, out.rows_inverse.t(), out.columns, out.columns_inverse.t()), stats)
+        return out
     rows, rows_inverse, columns, columns_inverse = quantize_op(x, dtype, scale, stats)
     if scale is not None:
         inverse = scale.reciprocal()

@@ -105,13 +105,14 @@ def linear_cross_entropy(
     return total if reduction == "sum" else total / (targets != -1).sum()
 
 
-def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> Quantized:
+def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, out: Quantized | None = None) -> Quantized:
     """x (M, K), times `scale` (), rounded to an FP8 dtype; without a scale each FP8_BLOCK elements of a row (or of a column, in
     the transpose) have their own, which makes their largest the largest of the dtype.
 
     What is too large becomes the largest number of the dtype; what is not finite becomes NaN. Adds to `stats`, (4,) int64: the
     largest |x| so far (the bits of a float32, whose order is that of integers), values that were too large, values that became
-    0 and were not, and all values. M and K are multiples of FP8_BLOCK where there is no scale.
+    0 and were not, and all values. M and K are multiples of FP8_BLOCK where there is no scale. `out`, an earlier result of the
+    same shape, is written anew.
     """
     values = x.float()
     if scale is None:
@@ -126,7 +127,10 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor)
     flushed = ((rows.float() == 0) & (values != 0)).sum()
     counts = torch.stack((saturated, flushed, torch.full_like(flushed, x.numel())))
     stats.copy_(torch.cat((torch.maximum(stats[:1], largest), stats[1:] + counts)))
-    return Quantized(rows, rows_inverse, columns, columns_inverse)
+    result = Quantized(rows, rows_inverse, columns, columns_inverse)
+    for old, new in zip(out or (), result, strict=False):
+        old.copy_(new)
+    return out or result
 
 
 def _round(values: Tensor, dtype: torch.dtype) -> Tensor:

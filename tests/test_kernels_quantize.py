@@ -32,6 +32,9 @@ def assert_equals_reference(x: Tensor, dtype: torch.dtype, scale: float | None) 
         assert mine.shape == truth.shape and mine.dtype == truth.dtype and mine.stride() == truth.stride(), name
         torch.testing.assert_close(mine.float(), truth.float(), rtol=0, atol=0, equal_nan=True, msg=name)
     assert stats.tolist() == true_stats.tolist()
+    other = torch.ones_like(x) if scale is None else torch.zeros_like(x)
+    again = quantize(x, dtype, factor, stats, quantize(other, dtype, factor, stats))
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(again, got, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 48), (130, 144), (256, 16)], ids=str)

@@ -260,6 +260,14 @@ def test_a_training_iteration_has_the_documented_fields() -> None:
     assert gradients == {"global_norm": 1.2345, "grad_mean": -5.67e-6, "grad_std": 2.34e-4}
 
 
+def test_an_fp8_run_has_its_own_share_of_the_peak() -> None:
+    shares = {"weights": {"saturated_percent": 0.0, "flushed_percent": 0.5}}
+    throughput = Throughput(6e9, 5e9, 989.5, 5_000, peak_fp8_tflops=1979.0)
+    record = step_record(StepRecord(1, 3.0, 1e-3, 100.0, 0.1, 5, 1.0, fp8=shares), throughput)
+    assert record["fp8"] == shares
+    assert record["mfu"]["mfu_fp8_percent"] == pytest.approx(record["mfu"]["mfu_percent"] / 2, abs=1e-4)
+
+
 def test_what_is_not_known_is_none() -> None:
     record = step_record(StepRecord(1, 3.0, 1e-3, 100.0, 0.1, 5, 1.0), Throughput(6e6, 5e6, None, 5))
     assert record["memory"] is None and record["gradients"] == {"global_norm": 1.0}
