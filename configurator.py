@@ -555,6 +555,26 @@ def unknown_knob(name: str, knobs: dict[str, Knob]) -> str:
     return f"unknown knob '{name}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all")
 
 
+def model_of_file(values: dict[str, Any], where: str) -> ModelConfig:
+    """A model whose knobs stand in a file, its vocabulary included. Raises UserError listing every problem."""
+    knobs, problems, given = knobs_of({"model": ModelConfig}), [], {}
+    for name, value in values.items():
+        try:
+            if name not in knobs:
+                raise ValueError(unknown_knob(name, knobs))
+            given[name] = convert(knobs[name], Given(name, value, where, is_text=False))
+        except ValueError as error:
+            problems.append(str(error))
+    model = ModelConfig(**given)
+    found = impossible(vars(model)) or impossible_combinations(Config(model=model))
+    problems += [text for names, text in found if set(names) & set(given)]
+    if not model.vocab_size:
+        problems.append("vocab_size is needed, such as 50304")
+    if problems:
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems))
+    return model
+
+
 def origin_of(names: Iterable[str], origins: dict[str, str]) -> str:
     """Where the first of the knobs that the user set himself was set."""
     names = list(names)

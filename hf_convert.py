@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -50,14 +51,14 @@ def main(argv: list[str]) -> int:
     import_.add_argument("--data_dir", default="", help="of a ckpt.pt: the folder that holds its dataset, for its tokenizer")
     args = parser.parse_args(argv)
     if args.command == "export":
-        if args.shard_gb <= 0:
-            raise UserError(f"--shard_gb={args.shard_gb:g}: it must be greater than 0, such as 2")
+        if not 0 < args.shard_gb < math.inf:
+            raise UserError(f"--shard_gb={args.shard_gb:g}: it must be a number greater than 0, such as 2")
         pretrained = open_pretrained(args.source, args.checkpoint, args.data_dir)
         export_model(pretrained, args.hf_dir, args.dtype, int(args.shard_gb * 1e9))
         print(f"{pretrained.name} is now {args.hf_dir}: AutoModelForCausalLM.from_pretrained({str(args.hf_dir)!r})")
     else:
         pretrained = open_pretrained(args.source, data_dir=args.data_dir)
-        import_model(pretrained.cropped(args.block_size) if args.block_size else pretrained, args.out)
+        import_model(pretrained if args.block_size is None else pretrained.cropped(args.block_size), args.out)
         print(
             f"{pretrained.name} is now {args.out}: python sample.py --out_dir={args.out}; python train.py --init_from={args.out}"
         )
@@ -115,9 +116,8 @@ def export_model(pretrained: Pretrained, folder: Path, dtype: str, shard_bytes: 
 
 def special_ids(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """What generation has to know: where a text ends and starts, and the ids that only pad the vocabulary."""
-    ids: dict[str, Any] = {}
-    if tokenizer.eot_id is not None:  # it stands between documents, so it also starts one
-        ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    # It stands between documents, so it also starts one. Where there is none null says so: left out, they are 1 and 2 for LLaMA.
+    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
     if tokenizer.vocab_size < vocab_size:
         ids["suppress_tokens"] = list(range(tokenizer.vocab_size, vocab_size))
     return ids

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configurator import ModelConfig, UserError
+from configurator import Given, ModelConfig, UserError, convert, knobs_of, model_of_file
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ Bias = bool | str  # whether a module of theirs has a bias, or the field of conf
 Module = tuple[str, Bias]  # their name; of several, one behind the other in ours, with blanks between. {i} is the layer
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "silu": "silu", "relu_squared": "relu2"}
-SYNONYMS = {"gelu_pytorch_tanh": "gelu_new"}
+READ_ACTIVATIONS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # tables that old folders hold, no weights
 CONFIG = "config.json"
 TENSORS = "model.safetensors"  # of a model in one file
@@ -172,37 +172,57 @@ def config_json(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def model_config(config: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
-    """(model_type, knobs) of a config.json. Raises UserError naming what our components do not make up."""
+    """(model_type, knobs) of a config.json. Raises UserError naming what cannot be, or what our components do not make up."""
     model_type = config.get("model_type")
-    if model_type not in READ_AS:
+    if not isinstance(model_type, str) or model_type not in READ_AS:
         raise UserError(f"{where}: model_type={model_type!r} is not one of {', '.join(READ_AS)}")
     family = READ_AS[model_type]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the newer and the older place
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: {rope!r} is not an object with the parameters of the rotary positions")
     given = family.defaults | {"rope_theta": rope.get("rope_theta", family.defaults.get("rope_theta"))} | config
+    knobs = read_fields(family, given, where)
     wrong = [f"{field}={given[field]!r}" for field, value in family.fixed.items() if given.get(field, value) != value]
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         wrong.append(f"rope scaling {rope.get('rope_type', rope.get('type'))!r}")
-    if missing := [field for field in family.fields if field not in given and field != "resid_pdrop"]:
-        raise UserError(f"{where} does not say {', '.join(missing)}")
-    defaults = ModelConfig()
-    for field, knob in family.fields.items():
-        if type(getattr(defaults, knob)) is int and not (isinstance(given[field], int) or field in family.defaults):
-            raise UserError(f"{where}: {field}={given[field]!r} is not a whole number")
-    knobs = {knob: given[field] for field, knob in family.fields.items() if field in given}
     knobs["bias"] = any(given[bias] if isinstance(bias, str) else bias for _, bias in family.modules.values())
-    knobs["n_kv_head"], knobs["d_ff"] = knobs.pop("kv_heads", 0) or 0, knobs.pop("ffn_hidden") or 0
-    head_dim = knobs.pop("head_dim", None)
-    if head_dim not in (None, knobs["n_embd"] // knobs["n_head"]):
-        wrong.append(f"head_dim={head_dim}, where n_embd/n_head is {knobs['n_embd'] // knobs['n_head']}")
+    knobs["n_kv_head"], knobs["d_ff"] = knobs.pop("kv_heads", 0), knobs.pop("ffn_hidden", 0)
+    head_dim = knobs["n_embd"] // knobs["n_head"]
+    if knobs.pop("head_dim", head_dim) != head_dim:
+        wrong.append(f"head_dim={given['head_dim']}, where n_embd/n_head is {head_dim}")
     if "activation" in knobs:
-        theirs = SYNONYMS.get(knobs["activation"], knobs["activation"])
-        ours = next((name for name, activation in ACTIVATIONS.items() if activation == theirs), None)
-        wrong += [] if ours else [f"activation {theirs!r}"]
-        knobs["activation"] = ours
+        theirs = knobs["activation"]
+        knobs["activation"] = READ_ACTIVATIONS.get(theirs)
+        wrong += [] if theirs in READ_ACTIVATIONS else [f"activation {theirs!r}"]
     if wrong:
         raise UserError(f"{where}: our components do not make up a model with {', '.join(wrong)}")
     fixed = {knob: allowed[0] for knob, allowed in family.parts.items() if knob not in (*knobs, "activation")}
-    return model_type, ModelConfig(**fixed | knobs | {"dropout": 0.0})
+    return model_type, model_of_file(fixed | knobs | {"dropout": 0.0}, where)
+
+
+def read_fields(family: Family, given: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a config.json, each of its knob's type and by its name; without those that it leaves to a default of null.
+
+    Raises UserError naming those that are missing or cannot be.
+    """
+    if missing := [field for field in family.fields if field not in given and field != "resid_pdrop"]:
+        raise UserError(f"{where} does not say {', '.join(missing)}")
+    knobs, values, problems = knobs_of({"model": ModelConfig}), {}, []
+    for field, name in family.fields.items():
+        if field not in given or (given[field] is None and family.defaults.get(field, "") is None):
+            continue
+        kind = knobs.get(name, knobs["n_layer"])  # properties of ModelConfig that are no knobs are sizes too
+        if name == "activation":
+            kind = replace(kind, type=str, default="gelu_new")
+        try:
+            values[name] = convert(replace(kind, name=field), Given(field, given[field], where, is_text=False))
+            if kind.type is int and values[name] < 1:
+                raise ValueError(f"{field}={values[name]} must be greater than 0")
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return values
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint import Checkpoint, checkpoints_of, find_checkpoint, is_checkpoint
-from configurator import GPT2_MODELS, NOT_SHAPE, Config, DataConfig, ModelConfig, UserError, section_from
+from configurator import GPT2_MODELS, NOT_SHAPE, Config, DataConfig, ModelConfig, UserError, model_of_file, section_from
 from data.source import go_offline_without_network
 from data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer, same_ids
 from data.tokens import GPT2_VOCAB_SIZE, Dataset, dataset_folder, padded_vocab_size
@@ -47,9 +47,10 @@ class Pretrained:
         return tokenizer.encode_prompt(text) if self.is_foreign else tokenizer.encode(text)
 
     def cropped(self, block_size: int) -> Pretrained:
-        """The same with a shorter context. Raises UserError for a longer one."""
-        if block_size > self.cfg.block_size:
-            raise UserError(f"--block_size={block_size}: {self.name} has a context of {self.cfg.block_size}; pass that or less")
+        """The same with a shorter context. Raises UserError for a longer one, or none."""
+        if not 1 <= block_size <= self.cfg.block_size:
+            context = self.cfg.block_size
+            raise UserError(f"--block_size={block_size}: {self.name} has a context of {context}; pass 1 to {context}")
 
         def read(name: str) -> torch.Tensor:
             tensor = self.read(name)
@@ -249,19 +250,21 @@ def _of_nanogpt(path: Path, data_dir: str) -> Pretrained:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         sizes = {knob: saved["model_args"][knob] for knob in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
         weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        settings, step = saved.get("config") or {}, saved.get("iter_num", 0)
+        data = DataConfig(dataset=str(settings.get("dataset", "openwebtext")), data_dir=data_dir)
     except Exception as error:  # another file can fail in any way
         cause = (str(error) or type(error).__name__).split("\n")[0][:200]
         raise UserError(f"{path} is no ckpt.pt of nanoGPT: {cause}") from None
-    cfg = ModelConfig(**sizes)
+    cfg = model_of_file(sizes, str(path))
     family = replace(FAMILIES["gpt2"], is_transposed=False)
     tensors = [tensor for tensor in layout(family, cfg, {}) if tensor.source]
-    wrong = [each.name for each in tensors if each.name not in weights or tuple(weights[each.name].shape) != each.shape]
+    wrong = [each.name for each in tensors if shapes.get(each.name) != each.shape]
     if wrong:
         raise UserError(f"{path} lacks {', '.join(wrong[:5])}, or has them in another shape")
 
     def read(name: str) -> torch.Tensor:
         return ours_from_theirs(name, tensors, weights.__getitem__)
 
-    data = DataConfig(dataset=saved.get("config", {}).get("dataset", "openwebtext"), data_dir=data_dir)
     dataset = Dataset.without_tokens(dataset_folder(data), cfg.vocab_size)
-    return Pretrained(f"{path}, step {saved.get('iter_num', 0)}", cfg, read, cache(partial(load_tokenizer, dataset)))
+    return Pretrained(f"{path}, step {step}", cfg, read, cache(partial(load_tokenizer, dataset)))

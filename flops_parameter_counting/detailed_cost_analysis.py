@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -21,19 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import (
-    Config,
-    DataConfig,
-    Given,
-    ModelConfig,
-    UserError,
-    convert,
-    impossible,
-    impossible_combinations,
-    knobs_of,
-    run_command,
-    unknown_knob,
-)
+from configurator import Config, DataConfig, ModelConfig, UserError, model_of_file, run_command
 from flops import HOFFMANN, ScalingLaw, count_parameters, flops_per_token
 from hf_format import model_config
 from memory import GPU_MEMORY_GIB
@@ -54,8 +43,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not (args.model_config or args.scaling_law or args.compute_budget):
         parser.error("pass --model_config, --scaling_law or --compute_budget")
-    if args.batch_size < 1 or args.num_gpus < 1 or (args.compute_budget or 1) <= 0:
-        parser.error("--batch_size, --num_gpus and --compute_budget must be greater than 0")
+    if args.batch_size < 1 or args.num_gpus < 1 or not 0 < (args.compute_budget or 1) < math.inf:
+        parser.error("--batch_size, --num_gpus and --compute_budget must be numbers greater than 0")
     model = read_model(find(args.model_config)) if args.model_config else None
     gpu = find_gpu(args.gpu)
     question = read_question(find(args.scaling_law)) if args.scaling_law else Question()
@@ -107,22 +96,7 @@ def read_model(path: Path) -> ModelConfig:
     values = read_json(path)
     if "model_type" in values:
         return model_config(values, str(path))[1]
-    knobs, problems, given = knobs_of({"model": ModelConfig}), [], {}
-    for name, value in values.items():
-        try:
-            if name not in knobs:
-                raise ValueError(unknown_knob(name, knobs))
-            given[name] = convert(knobs[name], Given(name, value, str(path), is_text=False))
-        except ValueError as error:
-            problems.append(str(error))
-    model = ModelConfig(**given)
-    found = impossible(vars(model)) or impossible_combinations(Config(model=model))
-    problems += [text for names, text in found if set(names) & set(given)]
-    if not model.vocab_size:
-        problems.append("vocab_size is needed, such as 50304")
-    if problems:
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
-    return model
+    return model_of_file(values, str(path))
 
 
 @dataclass(frozen=True)
@@ -152,7 +126,7 @@ def read_question(path: Path) -> Question:
             if name not in allowed[group]:
                 others = ["law", "model_config", "expected"] if not group else []
                 raise UserError(f"{path}: {group}{name} is not one of {', '.join(allowed[group] + others)}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise UserError(f"{path}: {group}{name}={value!r} is not a number greater than 0")
     return Question(
         law=ScalingLaw(**law_values),

@@ -87,6 +87,13 @@ def test_a_budget_alone(capsys):
     assert 20e9 < n < 80e9
 
 
+@pytest.mark.parametrize("budget", ["nan", "inf", "-1"])
+def test_a_budget_that_is_no_number(budget, capsys):
+    with pytest.raises(SystemExit) as exit:
+        analysis.main([f"--compute_budget={budget}"])
+    assert exit.value.code == 2 and "must be numbers greater than 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "line", "column"),
     [
@@ -117,6 +124,10 @@ def test_comments_are_no_part_of_strings(tmp_path):
         ({"n_layer": "two", "vocab_size": 10}, "n_layer='two' is not an int"),
         ({"n_head": 5, "vocab_size": 10}, "n_head=5 does not divide n_embd=768"),
         ({"n_layer": 2}, "vocab_size is needed"),
+        (
+            {"model_type": "gpt2", **dict.fromkeys(("n_layer", "n_embd", "n_positions", "vocab_size"), 8), "n_head": 0},
+            "n_head=0 must",
+        ),
     ],
 )
 def test_a_model_that_cannot_be(values, says, tmp_path):
@@ -130,6 +141,7 @@ def test_a_model_that_cannot_be(values, says, tmp_path):
         ({"tokns": 1}, "tokns is not one of"),
         ({"law": {"E": 0}}, "law.E=0 is not a number greater than 0"),
         ({"law": 3}, "law must be an object"),
+        ({"tokens": math.inf}, "tokens=inf is not a number greater than 0"),
         ({"expected": {"los": 2}}, "expected.los is not one of parameters, loss"),
         ({"model_config": "nowhere.json"}, "nowhere.json: no such file; .*configs/models/llama_1.36b.json"),
     ],

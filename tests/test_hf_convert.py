@@ -90,6 +90,16 @@ def test_transformers_loads_what_is_exported(tmp_path, name, shard_bytes):
     assert text.max() < tokenizer.vocab_size < cfg.vocab_size  # ids that only pad the vocabulary are never drawn
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "starcoder2"])
+def test_without_an_end_of_text_no_character_ends_a_text(tmp_path, name):
+    """What config.json leaves out, transformers takes from its own models: LLaMA's ids are characters here."""
+    model = build_model(MODELS[name], CPU, seed=0)
+    export_model(pretrained_of(model, CharacterTokenizer.of_texts([TEXT])), tmp_path / "hf", "float32", 10**9)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    for config in (theirs.config, theirs.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, None, None)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_export_in_half_precision(tmp_path, dtype):
     model = randomised(build_model(MODELS["llama"], CPU, seed=0))
@@ -248,8 +258,14 @@ def test_an_imported_model_is_a_checkpoint(tmp_path, name, capsys):
     assert "sample.py --out_dir=" in capsys.readouterr().out
     with pytest.raises(UserError, match="is there already"):
         import_model(source, tmp_path / "out")
-    with pytest.raises(UserError, match=r"--block_size=21: .* has a context of 20"):
-        source.cropped(21)
+
+
+@pytest.mark.parametrize("block_size", [-3, 0, 33])
+def test_a_context_that_cannot_be(tmp_path, block_size):
+    theirs_in(tmp_path / "hf", "gpt2")
+    with pytest.raises(UserError, match=rf"--block_size={block_size}: .* has a context of 32; pass 1 to 32"):
+        hf_convert.main(["import", str(tmp_path / "hf"), str(tmp_path / "out"), f"--block_size={block_size}"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +273,10 @@ def test_an_imported_model_is_a_checkpoint(tmp_path, name, capsys):
     [
         (["export", "nowhere/there", "x"], "nowhere/there: there is no such file or folder, and the Hugging Face hub does not"),
         (["export", "data", "x"], "data holds no checkpoint and no config.json"),
-        (["export", "data", "x", "--shard_gb=0"], "--shard_gb=0: it must be greater than 0"),
+        *(
+            (["export", "data", "x", f"--shard_gb={size}"], f"--shard_gb={size}: it must be a number")
+            for size in ("0", "nan", "inf")
+        ),
         (["import", "README.md", "x"], "README.md is no ckpt.pt of nanoGPT"),
     ],
 )

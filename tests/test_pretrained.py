@@ -139,6 +139,33 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
         open_pretrained(str(tmp_path / "ckpt.pt"))
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "says"),
+    [
+        ("model_args", {"n_head": 0}, "n_head=0 must be greater than 0"),
+        ("model_args", {"n_head": 5}, "n_head=5 does not divide n_embd=32"),
+        ("model_args", {"bias": "no"}, "bias='no' is not a bool"),
+        ("model_args", {"vocab_size": 0}, "vocab_size is needed"),
+        ("model", {"lm_head.weight": 3}, "is no ckpt.pt of nanoGPT"),
+        ("config", ["tiny"], "is no ckpt.pt of nanoGPT"),
+    ],
+)
+def test_a_checkpoint_whose_values_cannot_be(tmp_path, entry, value, says):
+    write_nanogpt(tmp_path / "ckpt.pt", GPTConfig())
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    saved[entry] = saved[entry] | value if isinstance(value, dict) else value
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=f"ckpt.pt.*{says}"):
+        open_pretrained(str(tmp_path / "ckpt.pt"))
+
+
+def test_a_checkpoint_without_settings_is_loaded(tmp_path):
+    write_nanogpt(tmp_path / "ckpt.pt", GPTConfig())
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"config": None}, tmp_path / "ckpt.pt")
+    assert open_pretrained(str(tmp_path / "ckpt.pt")).cfg.n_embd == 32
+
+
 # --- folders -----------------------------------------------------------------------------------------------------------
 
 CFG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=18, bias=True, dropout=0.0)
