@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from parallel import Ranks
 
 FOLDER, FP8_FOLDER = FOLDERS = "checkpoints", "checkpoints_fp8"  # of out_dir
+TOKENIZER_FOLDER = "tokenizer"  # beside them; all get the same ending when they are set aside
 SHARED_WITHIN_S = 30.0  # what one machine has written, another must see: a network's file system may take its time
 
 
@@ -394,20 +395,27 @@ def check_shared(out_dir: str | Path, ranks: Ranks) -> None:
 
 
 def set_aside(out_dir: str | Path) -> str | None:
-    """Moves an earlier run's checkpoints out of the way of a run from scratch; returns a line that says so."""
+    """Moves an earlier run's checkpoints and tokenizer out of the way of a run from scratch; returns a line that says so."""
     saved = [folder for _, folder in checkpoints_of(Path(out_dir))]
     if not saved:
         return None
     manifests = filter(None, map(_manifest_if_readable, saved))
     name = re.sub(r"[^\w.-]", "_", next(manifests, {"run_name": "unnamed"})["run_name"])
-    moved = []
-    for root in sorted({folder.parent for folder in saved}):
-        aside, number = root.with_name(f"{root.name}.{name}"), 1
-        while aside.exists():
-            number += 1
-            aside = root.with_name(f"{root.name}.{name}.{number}")
-        moved.append(str(root.rename(aside)))
-    return f"Starting from scratch: the checkpoints of run {name} are now in {' and '.join(moved)}"
+    roots = sorted({str(folder.parent) for folder in saved})
+    together, ending, number = [*roots, str(Path(out_dir) / TOKENIZER_FOLDER)], f".{name}", 1
+    while any(os.path.exists(path + ending) for path in together):
+        number += 1
+        ending = f".{name}.{number}"
+    for path in filter(os.path.exists, together):
+        os.rename(path, path + ending)
+    moved = " and ".join(root + ending for root in roots)
+    return f"Starting from scratch: the checkpoints of run {name} are now in {moved}"
+
+
+def tokenizer_folder(root: Path) -> Path:
+    """Where the tokenizer of the checkpoints in `root` lies: beside checkpoints.a or checkpoints_fp8.a it is tokenizer.a."""
+    _, dot, ending = root.name.partition(".")
+    return root.with_name(TOKENIZER_FOLDER + dot + ending)
 
 
 def most_copies(cfg: CheckpointConfig) -> int:

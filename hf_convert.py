@@ -18,13 +18,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import FOLDER
+from checkpoint import FOLDER, TOKENIZER_FOLDER
 from checkpoint_files import Checkpoint, sync, write_checkpoint
 from configurator import NOT_SHAPE, Config, ModelConfig, UserError, run_command
 from data.tokenizer import Tokenizer
 from flops import count_parameters, flops_per_token
 from hf_format import FAMILIES, config_json, layout, model_type_of, parameter_shapes, theirs_from_ours, write_tensors
-from pretrained import TOKENIZER_FOLDER, Pretrained, open_pretrained
+from pretrained import Pretrained, open_pretrained
 from run_file import log_path
 
 if TYPE_CHECKING:

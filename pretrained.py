@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import Checkpoint, checkpoints_of, find_checkpoint, is_checkpoint
+from checkpoint import Checkpoint, checkpoints_of, find_checkpoint, is_checkpoint, tokenizer_folder
 from configurator import GPT2_MODELS, NOT_SHAPE, Config, DataConfig, ModelConfig, UserError, model_of_file, section_from
 from data.source import go_offline_without_network
 from data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer, same_ids
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from kernels import Operations
     from model import Transformer
 
-TOKENIZER_FOLDER = "tokenizer"  # of an out_dir
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
@@ -164,16 +163,21 @@ def _of_checkpoint(path: Path, which: str, data_dir: str) -> Pretrained:
 
 
 def _tokenizer_of_run(checkpoint: Checkpoint, data_dir: str) -> Tokenizer:
-    """The tokenizer that the run keeps in its out_dir; else that of its dataset, whose tokens need not be on this machine."""
+    """The tokenizer that the run keeps beside its checkpoints; failing that its dataset's, whose tokens need not be here."""
     state = checkpoint.state
     data = section_from(DataConfig, state["config"]["values"])
-    folder = checkpoint.path.parent.parent / TOKENIZER_FOLDER
-    if data_dir or not folder.is_dir():
-        folder = dataset_folder(replace(data, data_dir=data_dir or data.data_dir))
-    tokenizer = load_tokenizer(Dataset.without_tokens(folder, state["data"]["vocab_size"]))
-    if state["data"].get("tokenizer_hash") not in (None, tokenizer.hash):
-        raise UserError(f"the tokenizer in {folder} is not the one that {checkpoint.path} was trained with: prepare that again")
-    return tokenizer
+    own = tokenizer_folder(checkpoint.path.absolute().parent)
+    prepared = dataset_folder(replace(data, data_dir=data_dir or data.data_dir))
+    errors = []
+    for folder in [own, prepared] if own.is_dir() and not data_dir else [prepared]:
+        try:
+            tokenizer = load_tokenizer(Dataset.without_tokens(folder, state["data"]["vocab_size"]))
+            if state["data"].get("tokenizer_hash") in (None, tokenizer.hash):
+                return tokenizer
+            errors.append(f"the tokenizer in {folder} is not the one that {checkpoint.path} was trained with: prepare that again")
+        except UserError as error:
+            errors.append(str(error))
+    raise UserError("\n".join(errors))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

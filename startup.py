@@ -26,6 +26,7 @@ from checkpoint import (
     FOLDER,
     FOLDERS,
     FP8_FOLDER,
+    TOKENIZER_FOLDER,
     Checkpoint,
     CheckpointStore,
     Piece,
@@ -52,7 +53,7 @@ from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
 from plan import start_section, three_digits
 from precision import LossScale, autocast
-from pretrained import TOKENIZER_FOLDER, Pretrained, check_tokenizer, load_weights
+from pretrained import Pretrained, check_tokenizer, load_weights
 from profiling import is_out_of_memory, out_of_memory_help
 from sharding import Layout, put_rows
 from training_logger import Throughput, TrainingLogger, new_run_name
@@ -252,11 +253,11 @@ def open_store(
 ) -> CheckpointStore:
     """The run's checkpoints, and its tokenizer beside them. Those of another run are set aside: nothing is refused any more."""
     out_dir, ranks = Path(cfg.run.out_dir), state.ranks
+    if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := ranks.agree(lambda: set_aside(out_dir))):
+        log.line(line)
     if ranks.is_main and not cfg.eval.eval_only:
         with suppress(OSError):  # a disk that is full is no reason not to train
             copy_tokenizer(dataset, out_dir / TOKENIZER_FOLDER)
-    if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := ranks.agree(lambda: set_aside(out_dir))):
-        log.line(line)
     own = ranks.with_own_group(cfg.parallel.start_timeout_s) if ranks.world_size > 1 else None
     said = (lambda saved: log.checkpoint(vars(saved)), log.line)
     return CheckpointStore(out_dir, cfg.checkpoint, *said, own, folder_of(state.fp8))

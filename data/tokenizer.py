@@ -273,12 +273,21 @@ def load_tokenizer(dataset: Dataset) -> Tokenizer:
 
 
 def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
-    """Makes `folder` one that load_tokenizer takes in place of the dataset's, where that is not at hand."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-        if (dataset.folder / name).exists():
-            shutil.copyfile(dataset.folder / name, folder / name)
+    """Makes `folder` one that load_tokenizer takes in place of the dataset's, where that is not at hand.
+
+    Raises OSError; `folder` is then as it was.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    try:
+        partial.mkdir(parents=True)
+        for name in FILES:
+            if (dataset.folder / name).exists():
+                shutil.copyfile(dataset.folder / name, partial / name)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def open_tokenizer(name: str) -> Tokenizer:

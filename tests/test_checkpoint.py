@@ -21,7 +21,16 @@ import torch
 
 import checkpoint as module
 import checkpoint_files
-from checkpoint import Checkpoint, CheckpointStore, check_compatible, check_free_space, find_checkpoint, lock_out_dir, set_aside
+from checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    check_compatible,
+    check_free_space,
+    find_checkpoint,
+    lock_out_dir,
+    set_aside,
+    tokenizer_folder,
+)
 from configurator import ROOT, CheckpointConfig, UserError
 
 FILES = (".metadata", "__0_0.distcp", "state.json", "manifest.json")
@@ -426,7 +435,10 @@ def test_an_earlier_runs_checkpoints_are_set_aside(saver: Saver) -> None:
     assert set_aside(saver.out_dir) is None
     for number, name in enumerate(("checkpoints.run_a", "checkpoints.run_a.2", "checkpoints.run_a.3")):
         saver(number, "latest")
+        (saver.out_dir / "tokenizer").mkdir()
+        (saver.out_dir / "tokenizer" / str(number)).touch()
         assert str(saver.out_dir / name) in set_aside(saver.out_dir)
+        assert [path.name for path in tokenizer_folder(saver.out_dir / name).iterdir()] == [str(number)]
         assert saver.find() is None
         assert find_checkpoint(saver.out_dir, str(saver.out_dir / name / "latest"), print).iter == number
 

@@ -156,6 +156,26 @@ def test_a_run_keeps_its_tokenizer(out_dir, tmp_path, capsys):
         hidden.rename(out_dir.parent / "data")
 
 
+@pytest.mark.parametrize("gone", ["the data", "the tokenizer"])
+def test_a_run_set_aside_keeps_its_tokenizer(out_dir, tmp_path, capsys, gone):
+    """A run on other data has taken its place; a tokenizer that is not there is found with the data."""
+    expected = run(capsys, out_dir, "--num_samples=1", "--start=a")
+    for name in ("checkpoints", "tokenizer"):
+        shutil.copytree(out_dir / name, tmp_path / name)
+    write_dataset(tmp_path / "data" / "others", tiny_text(200).upper(), tiny_text(200).upper())
+    flags = [f"--data_dir={tmp_path / 'data'}", "--dataset=others", f"--out_dir={tmp_path}", "--max_iters=1"]
+    assert train.main([*TINY, *flags]) == 0
+    (aside,) = tmp_path.glob("checkpoints.*")
+    (tokenizer,) = tmp_path.glob("tokenizer.*")
+    hidden = (tokenizer if gone == "the tokenizer" else out_dir.parent / "data").rename(tmp_path / "hidden")
+    try:
+        assert run(capsys, aside / "best_model", "--num_samples=1", "--start=a") == expected
+        assert run(capsys, tmp_path, "--num_samples=1", "--start=A")
+    finally:
+        if gone == "the data":
+            hidden.rename(out_dir.parent / "data")
+
+
 def test_another_tokenizer_is_refused(out_dir, tmp_path):
     write_dataset(tmp_path / "words", tiny_text(200).upper(), tiny_text(200))
     with pytest.raises(UserError, match="is not the one that"):

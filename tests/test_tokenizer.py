@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from data.tokenizer import CharacterTokenizer, Tokenizer, load_tokenizer, open_tokenizer, train_bpe
+from data.tokenizer import CharacterTokenizer, Tokenizer, copy_tokenizer, load_tokenizer, open_tokenizer, train_bpe
 from data.tokens import Dataset, Manifest, SplitManifest
 from real_inputs import provide_gpt2_vocabulary, shared_file
 
@@ -50,6 +50,22 @@ def test_a_dataset_finds_its_tokenizer_again(tokenizer, tmp_path):
     assert loaded.encode(CODE) == tokenizer.encode(CODE)
     with pytest.raises(UserError, match="is not the one its tokens were made with"):
         load_tokenizer(as_dataset(tokenizer, tmp_path, tokenizer_hash="another"))
+
+
+def test_a_copy_takes_the_place_of_the_dataset(tokenizer, tmp_path):
+    """Of the one that was there nothing stays; where the disk is full all of it stays."""
+    first, second, copy = tmp_path / "first", tmp_path / "second", tmp_path / "out" / "tokenizer"
+    for folder, each in ((first, train_bpe(300, [CODE])), (second, tokenizer)):
+        folder.mkdir()
+        each.save(folder)
+        copy_tokenizer(as_dataset(each, folder), copy)
+        assert load_tokenizer(as_dataset(each, copy)).hash == each.hash
+    (first / "tokenizer.json").unlink()
+    (first / "tokenizer.json").mkdir()  # cannot be copied
+    before = sorted(copy.parent.rglob("*"))
+    with pytest.raises(OSError):
+        copy_tokenizer(as_dataset(tokenizer, first), copy)
+    assert sorted(copy.parent.rglob("*")) == before and load_tokenizer(as_dataset(tokenizer, copy)).hash == tokenizer.hash
 
 
 def test_prefix_is_counted_where_there_is_one(tokenizer):
