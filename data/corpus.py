@@ -19,9 +19,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -87,6 +88,7 @@ class Journal:
     digest: str  # the job's
     documents: int = 0  # done, of both splits
     pieces: int = 0  # done, of the next document
+    moved: str | None = None  # key of the document that goes to the other split, which would be empty without it
     splits: dict[str, Progress] = field(default_factory=lambda: {split: Progress() for split in SPLITS})
 
     @classmethod
@@ -135,14 +137,16 @@ def prepare(recipe: Recipe, argv: list[str]) -> int:
     args = _parse(recipe, argv)
     out = args.out.resolve()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _only_one(out):
+        with _made(out), _only_one(out):
             job = _plan(recipe, args, out)
             if _is_prepared(job):
                 print(f"{out} is prepared already")
                 return 0
             journal = _resume(job)
             _tokenize(job, journal)
+            if not all(progress.tokens for progress in journal.splits.values()):
+                journal = Journal(job.digest(), moved=_to_move(job, journal))
+                _tokenize(job, journal)
             _publish(job, journal)
             return 0
     except KeyboardInterrupt:
@@ -181,6 +185,19 @@ def _parse(recipe: Recipe, argv: list[str]) -> argparse.Namespace:
 
 
 @contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder is there; where nothing comes of it, what was made for it goes again."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in new:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+@contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Holds a lock on the folder, which the system releases however the process ends."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -203,13 +220,15 @@ def _plan(recipe: Recipe, args: argparse.Namespace, out: Path) -> Job:
         make_source = recipe.full_source if recipe.full_source and args.full else recipe.source
         source = make_source(out, args.val_fraction)
     kind, _, size = args.tokenizer.partition(":")
-    pieces = _pieces(source, args.val_fraction, args.limit)
+    read = partial(_pieces, source, args.val_fraction, args.limit)
     if kind == "characters":
-        tokenizer: Tokenizer = CharacterTokenizer.of_texts(piece.text for piece in pieces)
+        tokenizer: Tokenizer = CharacterTokenizer.of_texts(piece.text for piece in read())
     elif kind == "bpe":
         if not size.isdigit() or int(size) < 257:
             raise UserError(f"--tokenizer={args.tokenizer}: bpe:N takes a number of entries from 257 on, such as bpe:4096")
-        tokenizer = train_bpe(int(size), _sample(piece.text for piece in pieces if piece.split == "train"))
+        train = (piece.text for piece in read() if piece.split == "train" and piece.text)
+        first = next(train, None)
+        tokenizer = train_bpe(int(size), _sample(chain([first], train) if first else (piece.text for piece in read())))
     else:
         tokenizer = open_tokenizer(args.tokenizer)
     return Job(source, tokenizer, args.val_fraction, args.limit, args.num_proc, out)
@@ -239,26 +258,46 @@ def _is_prepared(job: Job) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _pieces(
-    source: Source, val_fraction: float, limit: int | None, skip_documents: int = 0, skip_pieces: int = 0
-) -> Iterator[Piece]:
-    """All pieces but those of the first `skip_documents` documents and the first `skip_pieces` of the next."""
+def _pieces(source: Source, val_fraction: float, limit: int | None, done: Journal | None = None) -> Iterator[Piece]:
+    """All pieces but those that are done. Raises UserError where there is no text at all."""
+    skip_documents, skip_pieces, moved = (done.documents, done.pieces, done.moved) if done else (0, 0, None)
+    has_text = skip_documents > 0
     for document in source.documents(skip_documents, limit):
         split = document.split or split_of(document, val_fraction)
+        if document.key == moved:
+            split = "train" if split == "val" else "val"
         texts = iter(document.pieces)
         number, text = 0, next(texts, "")
+        has_text = has_text or text != ""
         while text is not None:
             following = next(texts, None)
             if number >= skip_pieces:
                 yield Piece(text, split, number == 0, following is None)
             number, text = number + 1, following
         skip_pieces = 0
+    if not has_text:
+        raise UserError(f"{source.name} has no text: name a source that has some with --source=...")
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 
 
 def split_of(document: Document, val_fraction: float) -> Split:
     """By a hash of its key: the same in any order, on any machine, and for whatever documents come later."""
-    digest = hashlib.sha256(document.key.encode("utf-8", "surrogateescape")).digest()
-    return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+    return "val" if _hash(document.key) < val_fraction * 2**64 else "train"
+
+
+def _to_move(job: Job, journal: Journal) -> str:
+    """Key of the document that goes to the split that no other fell to: its hash is the nearest. Raises UserError."""
+    keys = [document.key for document in job.source.documents(0, job.limit) if any(document.pieces)]
+    if len(keys) < 2:
+        shutil.rmtree(job.parts)
+        raise UserError(f"{job.source.name} has only one document with text: val.bin needs one too; pass more text")
+    split, nearest = ("val", min) if not journal.splits["val"].tokens else ("train", max)
+    key = nearest(keys, key=_hash)
+    print(f"none of {len(keys):,} documents fell to {split}.bin (--val_fraction={job.val_fraction}): document {key} goes there")
+    return key
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -295,10 +334,11 @@ def _tokenize(job: Job, journal: Journal) -> None:
     """Brings the files in `parts/` and the journal to the end of the source."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its own threads would come on top of ours
     job.parts.mkdir(exist_ok=True)
-    batches = _batches(_pieces(job.source, job.val_fraction, job.limit, journal.documents, journal.pieces))
+    batches = _batches(_pieces(job.source, job.val_fraction, job.limit, journal))
     done_bytes = sum(progress.bytes for progress in journal.splits.values())
     bar = tqdm(total=job.source.size_bytes, initial=done_bytes, desc="tokenizing", unit="B", unit_scale=True, disable=None)
     with ThreadPoolExecutor(job.num_proc) as pool, ExitStack() as stack, bar:
+        stack.callback(_drop_unrecorded, job)
         files = {split: stack.enter_context(_open_part(job, split, journal.splits[split].tokens)) for split in SPLITS}
         saved_s = time.monotonic()
         for batch, encoded in _in_order(pool, partial(_encode, job.tokenizer, job.dtype), batches, 2 * job.num_proc):
@@ -347,6 +387,11 @@ def _resume(job: Job) -> Journal:
     return journal
 
 
+def _drop_unrecorded(job: Job) -> None:
+    if not (job.parts / "journal.json").exists():
+        shutil.rmtree(job.parts)
+
+
 def _open_part(job: Job, split: Split, n_tokens: int) -> IO[bytes]:
     """The split's unfinished file, cut back to its first n_tokens, open at its end."""
     file = (job.parts / f"{split}.bin").open("ab")
@@ -370,12 +415,6 @@ def _publish(job: Job, journal: Journal) -> None:
     The .bin files come last, train.bin at the very end: a .bin without its manifest would pass for another trainer's,
     while a manifest without its .bin is plainly not prepared.
     """
-    for split, progress in journal.splits.items():
-        if not progress.tokens:
-            raise UserError(
-                f"none of the {journal.documents:,} documents fell to {split}.bin (--val_fraction={job.val_fraction}): "
-                "pass --val_fraction=0.1, or more text"
-            )
     manifests = {
         split: SplitManifest(progress.tokens, progress.bytes, progress.documents, _sha256(job.parts / f"{split}.bin"))
         for split, progress in journal.splits.items()

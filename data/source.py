@@ -186,6 +186,11 @@ def _reading(what: Path | str, advice: str = "") -> Iterator[None]:
     """Whatever goes wrong in a reader is the source's fault, and the user's to know."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        what_to_do = "take it out of the source, or convert it (iconv -f LATIN1 -t UTF-8)"
+        raise UserError(
+            f"cannot read {what}: it is not UTF-8 text (byte {error.object[error.start]:#x}): {what_to_do}"
+        ) from error
     except Exception as error:  # decoders, pyarrow, the hub's libraries, the network and the disk each have their own
         cause = str(error).strip().split("\n")[0][:300]
         raise UserError(f"cannot read {what}: {advice}\n({cause})" if advice else f"cannot read {what}: {cause}") from error

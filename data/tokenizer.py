@@ -89,8 +89,6 @@ class CharacterTokenizer(Tokenizer):
         alphabet: set[str] = set()
         for text in texts:
             alphabet.update(text)
-        if not alphabet:
-            raise UserError("the source has no text")
         return cls(dict(enumerate(sorted(alphabet))))
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:

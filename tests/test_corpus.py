@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from data import corpus, source
 from data.corpus import Recipe, prepare, split_of
 from data.source import Document, FileSource, HubSource, cut_pieces, local_source
 from data.tokenizer import load_tokenizer, open_tokenizer, train_bpe
-from data.tokens import load_dataset
+from data.tokens import Dataset, load_dataset
 from real_inputs import provide_gpt2_vocabulary, shared_file
 
 DOCUMENTS = [f"Document {i}: {'naïve ' * (i % 7)}text\n\n  of {i * i}.\n" * (1 + i % 3) for i in range(200)]
@@ -87,6 +88,37 @@ def test_folder_of_texts_is_a_document_a_file(tmp_path):
     manifest = prepared(tmp_path / "set", folder)
     assert manifest["train"]["documents"] + manifest["val"]["documents"] == 40
     assert manifest["train"]["bytes"] + manifest["val"]["bytes"] == sum(len(text.encode()) for text in DOCUMENTS[:40])
+
+
+def texts_of(data: Dataset) -> dict[str, list[str]]:
+    """The documents of each split."""
+    tokenizer = load_tokenizer(data)
+    return {split: tokenizer.decode(getattr(data, split).tolist()).split("<|endoftext|>")[:-1] for split in ("train", "val")}
+
+
+@pytest.mark.parametrize(("fraction", "lone", "nearest"), [(1e-6, "val", min), (1 - 1e-6, "train", max)])
+def test_no_split_stays_empty_where_there_are_two_documents(tmp_path, monkeypatch, capsys, fraction, lone, nearest):
+    """The document whose hash is nearest goes there, by any number of threads and through a stop in either pass."""
+    folder, texts = tmp_path / "texts", {f"{i}.txt": f"Text {i} has {i * i} words. " * 30 for i in range(20)}
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    (folder / "empty.txt").touch()
+    flags = ["--val_fraction", str(fraction)]
+    manifest = prepared(tmp_path / "set", folder, *flags)
+    name = nearest(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held = texts_of(dataset(tmp_path / "set"))
+    assert held[lone] == [texts[name]] and sum(map(len, held.values())) == 20
+    assert (
+        f"none of 20 documents fell to {lone}.bin (--val_fraction={fraction}): document {name} goes there"
+        in capsys.readouterr().out
+    )
+    monkeypatch.setattr(corpus, "PIECE_CHARS", 200)
+    assert prepared(tmp_path / "threads", folder, *flags, "--num_proc", "5") == manifest
+    for batches in (10, 30):
+        stop_after(folder, tmp_path / f"stopped{batches}", batches, *flags, "--num_proc", "1")
+        assert prepared(tmp_path / f"stopped{batches}", folder, *flags) == manifest
+        assert "going on behind" in capsys.readouterr().out
 
 
 def test_limit(tmp_path):
@@ -305,23 +337,32 @@ def test_what_is_prepared_is_left_alone(tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("missing.txt", None, "there is no such file or folder"),
-        ("latin1.txt", "naïve".encode("latin-1") * 100, "cannot read .*latin1.txt: 'utf-8' codec"),
+        (
+            "latin1.txt",
+            "naïve".encode("latin-1") * 100,
+            "cannot read .*latin1.txt: it is not UTF-8 text .*: take it out of the source, or convert it",
+        ),
         ("torn.txt.gz", gzip.compress(os.urandom(9_000))[:5_000], "cannot read .*torn.txt.gz"),
         ("torn.txt.zst", pyarrow.compress(os.urandom(9_000), "zstd", asbytes=True)[:5_000], "torn.txt.zst: Truncated"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', 'a.jsonl: line 2 is not a JSON object with a field "text"'),
         ("a.jsonl", b'{"text": "one"}\n\n{"content": "two"}\n', "line 3 is not"),
         ("a.jsonl", b'{"text": 1}\n', 'line 1: its field "text" is not a string'),
         ("a.parquet", b"PAR1", "cannot read .*a.parquet"),
-        ("one.jsonl", b'{"text": "only one document"}\n', "none of the 1 documents fell to val.bin"),
-        ("empty.txt", b"", "none of the 2 documents fell to train.bin"),
+        ("one.jsonl", b'{"text": "only one document"}\n', "has only one document with text: val.bin needs one too"),
+        ("empty.txt", b"", "empty.txt has no text: name a source that has some with --source"),
+        ("empty.jsonl", b'{"text": ""}\n{"text": ""}\n', "empty.jsonl has no text"),
     ],
 )
-def test_bad_sources(tmp_path, name, content, message):
+@pytest.mark.parametrize("tokenizer", ["bpe:300", "characters", "trained before"])
+def test_bad_sources(tmp_path, name, content, message, tokenizer):
     if content is not None:
         (tmp_path / name).write_bytes(content)
+    if tokenizer == "trained before":
+        tokenizer = str(tmp_path / "tokenizer.json")
+        train_bpe(300, DOCUMENTS).save(tmp_path)
     with pytest.raises(UserError, match=message):
-        prepared(tmp_path / "set", tmp_path / name)
-    assert not (tmp_path / "set" / "train.bin").exists()
+        prepared(tmp_path / "sets" / "set", tmp_path / name, tokenizer=tokenizer)
+    assert not (tmp_path / "sets").exists(), "no folder is left that holds nothing"
 
 
 def test_parquet_without_text(tmp_path):
