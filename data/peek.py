@@ -12,12 +12,14 @@ from configurator import UserError, run_command
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="data/peek.py", description="Decode some stretches of a token file.")
-    parser.add_argument("file", type=Path, help="train.bin or val.bin of a prepared dataset")
+    parser.add_argument("file", type=Path, help="train.bin or val.bin of a prepared dataset; of a folder its val.bin")
     parser.add_argument("--samples", type=int, default=3, help="stretches, drawn at random [3]")
     parser.add_argument("--tokens", type=int, default=100, help="length of each [100]")
     parser.add_argument("--at", type=int, help="decode one stretch, from this token on")
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
     args = parser.parse_args(argv)
+    if args.file.is_dir():
+        args.file = args.file / "val.bin"
     if args.samples < 1 or args.tokens < 1:
         raise UserError("--samples and --tokens must be at least 1")
     show(args)
@@ -26,9 +28,11 @@ def main(argv: list[str]) -> int:
 
 def show(args: argparse.Namespace) -> None:
     from data.tokenizer import load_tokenizer
-    from data.tokens import GPT2_VOCAB_SIZE, Dataset, open_tokens, read_meta
+    from data.tokens import GPT2_VOCAB_SIZE, Dataset, how_to_prepare, open_tokens, read_meta
 
     folder = args.file.parent.resolve()
+    if not args.file.is_file():
+        raise UserError(how_to_prepare(folder))
     data = Dataset.without_tokens(folder, read_meta(folder).get("vocab_size", GPT2_VOCAB_SIZE))
     tokens = open_tokens(args.file.resolve(), data.manifest, 1)
     tokenizer = load_tokenizer(data)

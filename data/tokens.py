@@ -8,6 +8,7 @@ Files of another trainer have no manifest: they are taken as uint16, with the vo
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import pickle
 from dataclasses import dataclass
@@ -140,8 +141,9 @@ def load_dataset(data: DataConfig, block_size: int) -> Dataset:
     says, shorter than a block and its target, or with ids beyond the vocabulary; manifest.json or meta.pkl unreadable.
     """
     folder = dataset_folder(data)
+    _check_is_name(data)
     if any(not (folder / f"{split}.bin").is_file() for split in SPLITS):
-        raise UserError(_how_to_prepare(data, folder))
+        raise UserError(how_to_prepare(folder))
     meta = read_meta(folder)
     manifest_path = folder / "manifest.json"
     manifest = Manifest.read(manifest_path) if manifest_path.exists() else None
@@ -187,13 +189,29 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def _how_to_prepare(data: DataConfig, folder: Path) -> str:
+def how_to_prepare(folder: Path) -> str:
+    """Why `folder` is no dataset to train on, and what to type."""
     missing = f"{folder} has no train.bin and val.bin"
-    if (ROOT / "data" / data.dataset / "prepare.py").is_file():
-        out = f" --out {folder}" if data.data_dir else ""
-        return f"{missing}: run python data/{data.dataset}/prepare.py{out}"
-    known = ", ".join(sorted(path.parent.name for path in (ROOT / "data").glob("*/prepare.py")))
-    return f"{missing}: --dataset takes one of {known}, or a folder under --data_dir that holds them"
+    if (ROOT / "data" / folder.name / "prepare.py").is_file():
+        out = "" if folder.parent == ROOT / "data" else f" --out {folder}"
+        return f"{missing}: run python data/{folder.name}/prepare.py{out}"
+    prepared = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
+    recipes = sorted({path.parent.name for path in (ROOT / "data").glob("*/prepare.py")} - set(prepared))
+    near = difflib.get_close_matches(folder.name, [*prepared, *recipes], n=1)
+    mean = f"did you mean {near[0]}? " if near else ""
+    ready = f"prepared there: {', '.join(prepared)}; " if prepared else ""
+    return (
+        f"{missing}: {mean}{ready}to prepare: {', '.join(recipes)} (python data/NAME/prepare.py), or your own text with --source"
+    )
+
+
+def _check_is_name(data: DataConfig) -> None:
+    """A path in place of the name of a folder is told apart: the name is in checkpoints. Raises UserError."""
+    path = Path(data.dataset)
+    if len(path.parts) > 1 and not (dataset_folder(data) / "train.bin").is_file():
+        inside = path.parent == Path("data") and not data.data_dir
+        where = "" if inside else f" --data_dir={path.parent}"
+        raise UserError(f"--dataset={data.dataset} is a path, and takes a name: pass --dataset={path.name}{where}")
 
 
 def open_tokens(path: Path, manifest: Manifest | None, block_size: int) -> np.memmap:

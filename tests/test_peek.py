@@ -31,6 +31,15 @@ def test_a_stretch_is_decoded(folder):
     assert lines[2:] == ["--- from token 7", VAL[7:27]]
 
 
+def test_a_folder_stands_for_its_val_bin(folder):
+    assert peek(str(folder), "--at=7").stdout == peek(str(folder / "val.bin"), "--at=7").stdout != ""
+
+
+def test_what_is_not_prepared_names_its_prepare():
+    done = peek("data/slimpajama_6b_llama/val.bin")
+    assert done.returncode == 2 and "has no train.bin and val.bin: run python data/slimpajama_6b_llama/prepare.py" in done.stderr
+
+
 def test_stretches_are_drawn_by_the_seed(folder):
     first, again, other = (peek(str(folder / "train.bin"), "--samples=2", f"--seed={seed}").stdout for seed in (1, 1, 2))
     assert first == again != other and first.count("--- from token ") == 2
@@ -47,7 +56,7 @@ def test_a_file_without_a_manifest(folder):
     [
         (["val.bin", "--at=100000"], "val.bin has tokens 0 to"),
         (["val.bin", "--tokens=0"], "must be at least 1"),
-        (["nowhere.bin"], "cannot read"),
+        (["nowhere.bin"], "has no train.bin and val.bin: "),
         (["train.bin"], "it is torn or of another run"),
     ],
 )

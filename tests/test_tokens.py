@@ -86,7 +86,7 @@ def corrupt(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "manifest", "message"),
     [
-        ("missing", True, "has no train.bin and val.bin: --dataset takes one of"),
+        ("missing", True, "has no train.bin and val.bin: "),
         ("empty", True, "train.bin is empty"),
         ("torn", True, "150 bytes, but manifest.json says 100 tokens of uint16 .200 bytes.: it is torn"),
         ("odd", False, "151 bytes, which are not whole uint16 tokens"),
@@ -109,6 +109,29 @@ def test_bad_files(tmp_path, how, manifest, message):
 def test_dataset_that_only_needs_preparing():
     with pytest.raises(UserError, match=r"run python data/openwebtext/prepare\.py --out /nowhere/openwebtext"):
         load_dataset(DataConfig(dataset="openwebtext", data_dir="/nowhere"), BLOCK_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "my_txt",
+            r"my_txt has no train\.bin and val\.bin: did you mean my_text\? prepared there: my_text, other; to prepare: .*",
+        ),
+        ("opnwebtext", r"did you mean openwebtext\? prepared there: my_text, other; to prepare: fineweb_edu, openwebtext, "),
+        ("sets/my_text", r"is a path, and takes a name: pass --dataset=my_text --data_dir=sets"),
+    ],
+)
+def test_a_mistyped_dataset_is_told_what_there_is(tmp_path, name, message):
+    for other in ("other", "my_text"):
+        write_dataset(tmp_path / other)
+    with pytest.raises(UserError, match=message):
+        load_dataset(DataConfig(dataset=name, data_dir=str(tmp_path)), BLOCK_SIZE)
+
+
+def test_a_path_into_data_is_explained():
+    with pytest.raises(UserError, match=r"--dataset=data/openwebtext is a path, and takes a name: pass --dataset=openwebtext$"):
+        load_dataset(DataConfig(dataset="data/openwebtext"), BLOCK_SIZE)
 
 
 def test_check_data_finds_what_a_sample_misses(tmp_path):
