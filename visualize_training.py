@@ -29,6 +29,8 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output and args.output.suffix not in (".png", ".pdf", ".svg"):
         parser.error(f"--output={args.output}: the name of a picture ends in .png, .pdf or .svg")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output={args.output}: there is no folder {args.output.parent}; mkdir -p {args.output.parent} makes it")
     return args
 
 
@@ -96,7 +98,7 @@ def read_run(path: Path) -> Run:
                     value = figures.get(name)
                     columns[name].append(float("nan") if value is None else value)
     except OSError as error:
-        raise LogError(f"{path}: {error.strerror}") from None
+        raise LogError(f"{path}: {error.strerror}{folders_with_logs()}") from None
     except (AttributeError, TypeError):  # its lines hold something else than records
         sections = {}
     if "run_name" not in sections:
@@ -119,7 +121,14 @@ def newest_run(pattern: str, *folders: Path) -> Run:
                 return read_run(path)
     raise LogError(
         f"{folders[0]}: no {pattern} has a training iteration; name a log: python visualize_training.py FOLDER/run_X.json"
+        f"{folders_with_logs()}"
     )
+
+
+def folders_with_logs() -> str:
+    """For an error: the folders out*/ that hold logs."""
+    folders = sorted({path.parent.name for path in Path.cwd().glob("out*/run_*.json")})
+    return f"; there are logs in {', '.join(folders)}" if folders else ""
 
 
 def moving_mean(y: np.ndarray, window: int) -> np.ndarray:

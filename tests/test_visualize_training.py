@@ -345,6 +345,26 @@ def test_wall_time_follows_the_clock_where_it_was_read(tmp_path: Path) -> None:
     assert seconds[0] == pytest.approx(31.0 - 0.9) and (np.diff(seconds) > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["out"], "out: No such file or directory; there are logs in out-a, out-b"),
+        (["elsewhere"], "FOLDER/run_X.json; there are logs in out-a, out-b"),
+        (
+            ["out-a", "--output=pictures/a.png"],
+            "--output=pictures/a.png: there is no folder pictures; mkdir -p pictures makes it",
+        ),
+    ],
+)
+def test_mistakes_name_what_there_is(tmp_path: Path, args: list[str], says: str) -> None:
+    for name in ("out-a", "out-b", "elsewhere"):
+        (tmp_path / name).mkdir()
+        if name != "elsewhere":
+            write_log(tmp_path / name, steps=2)
+    done = subprocess.run([sys.executable, ROOT / "visualize_training.py", *args], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr
+
+
 def test_help_is_quick() -> None:
     command = [sys.executable, "-X", "importtime", "visualize_training.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
