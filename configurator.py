@@ -677,14 +677,16 @@ def knob_comments() -> dict[tuple[str, str], str]:
 
 def print_help(knobs: dict[str, Knob]) -> None:
     command, comments, section = Path(sys.argv[0]).name, knob_comments(), ""
+    has_sections = len({knob.section for knob in knobs.values()}) > 1
     print(f"usage: python {command} [config.py ...] [--knob=value ...] [--help] [--print_config]\n")
     print("Later config files win over earlier ones, and flags over files. A boolean may stand alone (--compile).")
     for knob in knobs.values():
         if knob.section != section:
             section = knob.section
-            print(f"\n{section}")
+            print(f"\n{section}" if has_sections else "")
         print(f"  --{knob.name}={knob.default!r} ({knob.type_name})\n        {comments[knob.owner, knob.name]}")
-    print("\naliases: " + ", ".join(f"--{a} = --{b}" for a, b in ALIASES.items() if b in knobs))
+    if aliases := ", ".join(f"--{a} = --{b}" for a, b in ALIASES.items() if b in knobs):
+        print(f"\naliases: {aliases}")
 
 
 def print_config(values: dict[str, Any], origins: dict[str, str]) -> None:

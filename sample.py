@@ -39,10 +39,13 @@ def main(argv: list[str]) -> int:
     ops, _ = kernels.choose(vars(KernelConfig()), device.type)
     model = load_model(source, device, choose_dtype(cfg.dtype, device), ops)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    n_drawn, elapsed_s = 0, 0.0
+    n_drawn, elapsed_s, n_samples = 0, 0.0, cfg.num_samples
+    if cfg.temperature == 0 and n_samples > 1:
+        print(f"note: at --temperature=0 all {n_samples} samples of a text are the same; one is drawn", file=sys.stderr)
+        n_samples = 1
     for text, ids in zip(texts, prompts, strict=True):
         print(text, end="", flush=True)
-        rows = [Continuation(tokenizer, ids, cfg.stop) for _ in range(cfg.num_samples)]
+        rows = [Continuation(tokenizer, ids, cfg.stop) for _ in range(n_samples)]
         more_s = continue_text(model, rows, cfg, generator)
         n_drawn, elapsed_s = n_drawn + sum(len(row.ids) - len(ids) for row in rows), elapsed_s + more_s
         print(end=SEPARATOR)

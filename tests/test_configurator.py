@@ -275,6 +275,13 @@ def test_small_commands_print_their_knobs_too(capsys):
     assert caught.value.code == 0 and "top_k = 5  # command line\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["sample.py", "hellaswag.py"])
+def test_the_help_of_a_small_command_is_its_knobs_alone(name):
+    done = subprocess.run([sys.executable, str(ROOT / name), "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--out_dir='out' (str)\n" in done.stdout
+    assert "Config\n" not in done.stdout and "aliases" not in done.stdout
+
+
 PRINTS = "from configurator import run_command; run_command(lambda argv: print('caf\u00e9'))"
 
 
