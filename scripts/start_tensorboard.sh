@@ -6,4 +6,8 @@ if [[ $# -gt 0 && $1 != -* ]]; then
     [[ -d $logdir/tensorboard ]] && logdir+=/tensorboard # the runs' names alone, without a folder before them
     shift
 fi
+if [[ -z $(find -L "$logdir" -name .venv -prune -o -name 'events.out.tfevents.*' -print -quit 2>/dev/null) ]]; then
+    echo "error: no TensorBoard log in $logdir: train with --use_tensorboard, or name the out_dir of a run that did" >&2
+    exit 2
+fi
 exec "${PYTHON:-python}" -m tensorboard.main --logdir "$logdir" "$@"

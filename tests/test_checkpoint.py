@@ -535,10 +535,10 @@ def test_commands_say_what_is_wrong(tmp_path: Path) -> None:
     assert result.returncode == 2 and "no checkpoints in" in result.stderr and "Traceback" not in result.stderr
 
 
-def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+def script(name: str, *args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A script with `echo` for its Python: what it would run."""
     environment = os.environ | {"PYTHON": "echo"}
-    return subprocess.run([ROOT / "scripts" / name, *args], env=environment, capture_output=True, text=True)
+    return subprocess.run([ROOT / "scripts" / name, *args], env=environment, capture_output=True, text=True, cwd=cwd)
 
 
 def test_resume_training_without_arguments_says_how_to_call_it() -> None:
@@ -551,8 +551,18 @@ def test_resume_training_without_arguments_says_how_to_call_it() -> None:
     ("args", "passed_on"),
     [([], "."), (["out-a"], "out-a"), (["--port=1"], ". --port=1"), (["my runs", "--port", "1"], "my runs --port 1")],
 )
-def test_start_tensorboard_takes_a_folder_options_or_both(args: list[str], passed_on: str) -> None:
-    assert script("start_tensorboard.sh", *args).stdout == f"-m tensorboard.main --logdir {passed_on}\n"
+def test_start_tensorboard_takes_a_folder_options_or_both(tmp_path: Path, args: list[str], passed_on: str) -> None:
+    for folder in ("out-a", "my runs"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "events.out.tfevents.1").touch()
+    assert script("start_tensorboard.sh", *args, cwd=tmp_path).stdout == f"-m tensorboard.main --logdir {passed_on}\n"
+
+
+@pytest.mark.parametrize("args", [[], ["out"], ["nowhere", "--port=1"]])
+def test_start_tensorboard_without_logs_says_how_to_get_some(tmp_path: Path, args: list[str]) -> None:
+    (tmp_path / "out").mkdir()
+    done = script("start_tensorboard.sh", *args, cwd=tmp_path)
+    assert done.returncode == 2 and "train with --use_tensorboard" in done.stderr and not done.stdout
 
 
 def test_help_is_quick() -> None:
