@@ -102,11 +102,13 @@ class CheckpointStore:
     def save(self, iter: int, tensors: Mapping[str, torch.Tensor | Piece], state: dict[str, Any], tiers: Sequence[str]) -> float:
         """Copies `tensors` and `state` (JSON) and returns the seconds that took; a thread writes them as every one of `tiers`.
 
-        `state["run_name"]` and, where there is one, `state["val_loss"]` are repeated in the manifest. Waits for the save before.
+        `state["run_name"]` and, where there is one, `state["val_loss"]` with the step it was measured at are repeated in the
+        manifest. Waits for the save before.
         """
         t0_s = time.perf_counter()
         self.wait()
-        about = {"run_name": state["run_name"], "iter": iter, "val_loss": state.get("val_loss")}
+        evaluated_step = state.get("counters", {}).get("evaluated_step")
+        about = {"run_name": state["run_name"], "iter": iter, "val_loss": state.get("val_loss"), "evaluated_step": evaluated_step}
         pieces, text = self._copy_to_host(as_pieces(tensors)), json.dumps(state, indent=1)
         stood_still_s = time.perf_counter() - t0_s
         args = (pieces, text, about, tuple(tiers), (t0_s, stood_still_s))
@@ -408,8 +410,8 @@ def set_aside(out_dir: str | Path) -> str | None:
         ending = f".{name}.{number}"
     for path in filter(os.path.exists, together):
         os.rename(path, path + ending)
-    moved = " and ".join(root + ending for root in roots)
-    return f"Starting from scratch: the checkpoints of run {name} are now in {moved}"
+    moved, newest = " and ".join(root + ending for root in roots), Path(f"{saved[0].parent}{ending}", saved[0].name)
+    return f"the checkpoints of run {name} are now in {moved} (--resume={newest} goes on with them)"
 
 
 def tokenizer_folder(root: Path) -> Path:
@@ -450,18 +452,23 @@ def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]])
     A model knob that the checkpoint does not know, because it is newer, had the value that is its default now. None is a value
     that is not known (data without a manifest), and fits any.
     """
-    rows = []
+    rows, flags = [], []
+    datasets = {sections["data"]["dataset"] for sections in (state, expected) if sections.get("data", {}).get("dataset")}
     for section, values in expected.items():
-        defaults = vars(ModelConfig()) if section == "model" else {}
-        saved = state.get(section, {})
+        defaults, saved = vars(ModelConfig()) if section == "model" else {}, state.get(section, {})
         for knob in sorted(saved.keys() | values.keys()):
             before, now = saved.get(knob, defaults.get(knob, "(none)")), values.get(knob, "(none)")
-            if before != now and None not in (before, now):
-                rows.append((knob, str(before), str(now)))
+            of_dataset = knob == "vocab_size" or section == "data"  # where that is another, so is all that is known of it
+            if before == now or None in (before, now) or (len(datasets) == 2 and of_dataset and knob != "dataset"):
+                continue
+            length = 8 if knob.endswith(("_hash", "_sha256")) else None
+            rows.append((knob, str(before)[:length], str(now)[:length]))
+            if knob == "dataset" or knob in saved.keys() & defaults.keys():
+                flags.append(f"--{knob}={before}")
     if rows:
         differing = table(("knob", "checkpoint", "this run"), rows)
-        what_to_type = "repeat the flags of that run, or choose another --out_dir=..."
-        raise UserError(f"the checkpoint does not fit this run:\n{differing}\n{what_to_type}")
+        repeat = f"repeat the flags of that run ({' '.join(flags)})" if flags else "train on the data of that run"
+        raise UserError(f"the checkpoint does not fit this run:\n{differing}\n{repeat}, or choose another --out_dir=...")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,6 +503,8 @@ def row_of(tier: str, folder: Path, checksums: bool) -> list[str]:
     try:
         manifest = read_manifest(folder)
         val_loss = "-" if manifest["val_loss"] is None else f"{manifest['val_loss']:.4f}"
+        if val_loss != "-" and manifest.get("evaluated_step") not in (None, manifest["iter"]):
+            val_loss += f" (step {manifest['evaluated_step']})"  # the last evaluation before it
         cells = [str(manifest["iter"]), val_loss, f"{_size_bytes(manifest):,}", manifest["saved_at"][:19]]
         check_files(folder, manifest, checksums)
     except DamagedError as error:

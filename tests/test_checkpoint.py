@@ -251,13 +251,28 @@ def test_another_model_or_dataset_is_refused_with_a_table() -> None:
     with pytest.raises(UserError) as error:
         check_compatible(state, {"model": {"n_layer": 3, "n_head": 4}, "data": {"train": "def", "vocab_size": 0}})
     *rows, last = str(error.value).splitlines()[2:]
-    assert last == "repeat the flags of that run, or choose another --out_dir=..."
+    assert last == "repeat the flags of that run (--n_layer=2), or choose another --out_dir=..."
     assert [row.split() for row in rows] == [
         ["gone", "1", "(none)"],
         ["n_layer", "2", "3"],
         ["train", "abc", "def"],
         ["vocab_size", "(none)", "0"],
     ]
+
+
+def test_of_another_dataset_only_its_name_is_told() -> None:
+    def sections(dataset: str, digit: str) -> dict[str, dict[str, Any]]:
+        model = {"vocab_size": int(digit), "n_layer": 2}
+        return {"model": model, "data": {"dataset": dataset, "train_sha256": 32 * f"a{digit}", "vocab_size": int(digit)}}
+
+    with pytest.raises(UserError) as error:
+        check_compatible(sections("one", "1"), sections("two", "2"))
+    _, _, row, last = str(error.value).splitlines()
+    assert row.split() == ["dataset", "one", "two"] and "(--dataset=one)" in last
+    with pytest.raises(UserError) as error:
+        check_compatible(sections("one", "1"), sections("one", "2"))
+    *_, row, _, last = str(error.value).splitlines()
+    assert row.split() == ["train_sha256", "a1a1a1a1", "a2a2a2a2"] and "(--vocab_size=1)" in last
 
 
 def test_a_knob_newer_than_the_checkpoint_had_its_default() -> None:
@@ -437,18 +452,20 @@ def test_an_earlier_runs_checkpoints_are_set_aside(saver: Saver) -> None:
         saver(number, "latest")
         (saver.out_dir / "tokenizer").mkdir()
         (saver.out_dir / "tokenizer" / str(number)).touch()
-        assert str(saver.out_dir / name) in set_aside(saver.out_dir)
-        assert [path.name for path in tokenizer_folder(saver.out_dir / name).iterdir()] == [str(number)]
+        folder = saver.out_dir / name
+        line = set_aside(saver.out_dir)
+        assert line == f"the checkpoints of run run_a are now in {folder} (--resume={folder / 'latest'} goes on with them)"
+        assert [path.name for path in tokenizer_folder(folder).iterdir()] == [str(number)]
         assert saver.find() is None
         assert find_checkpoint(saver.out_dir, str(saver.out_dir / name / "latest"), print).iter == number
 
 
 def test_an_unreadable_checkpoint_is_set_aside_too(saver: Saver) -> None:
     saver(1, "latest", run_name="../odd name")
-    assert set_aside(saver.out_dir).endswith("checkpoints..._odd_name")
+    assert "are now in " + str(saver.out_dir / "checkpoints..._odd_name") in set_aside(saver.out_dir)
     saver(2, "latest")
     (saver.root / "latest" / "manifest.json").unlink()
-    assert set_aside(saver.out_dir).endswith("checkpoints.unnamed")
+    assert "checkpoints.unnamed (--resume=" in set_aside(saver.out_dir)
 
 
 @pytest.mark.parametrize(
@@ -490,12 +507,13 @@ def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_list_and_verify(saver: Saver) -> None:
     saver(1, "latest", "best_model", val_loss=2.34567)
-    saver(2, "latest")
+    saver(2, "latest", val_loss=2.34567, counters={"evaluated_step": 1})
     listed = command("list", saver.out_dir)
     header, *rows, last = [line.split() for line in listed.stdout.splitlines()]
     assert header[-1] == "sizes" and " ".join(last) == f"verify checks every byte: python checkpoint.py verify {saver.out_dir}"
+    assert rows[0][3:5] == ["(step", "1)"], "its loss is of an earlier step"
     assert [(row[0], row[1], row[2], row[-1]) for row in rows] == [
-        ("latest", "2", "-", "ok"),
+        ("latest", "2", "2.3457", "ok"),
         ("latest_backup", "1", "2.3457", "ok"),
         ("best_model", "1", "2.3457", "ok"),
     ]
@@ -515,7 +533,8 @@ def test_list_and_verify(saver: Saver) -> None:
     assert damage.pop("best_model").startswith("DAMAGED: state.json has 2 bytes, not ")
     assert damage == {"latest": "DAMAGED: __0_0.distcp does not match its checksum", "latest_backup": "ok"}
     (saver.root / "latest_backup" / "manifest.json").unlink()
-    assert "latest_backup  -     -         -      -" in command("list", saver.out_dir).stdout
+    (line,) = (line.split() for line in command("list", saver.out_dir).stdout.splitlines() if line.startswith("latest_backup"))
+    assert line[1:5] == ["-"] * 4
 
 
 def test_inspect(saver: Saver) -> None:
