@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Arithmetic:
     margin: int
     dtype: torch.dtype  # of what goes in and comes out
     emulated: bool
-    quantize: Callable[..., Quantized]
+    ops: Operations
 
     def round(
         self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor | None, stats: Tensor, out: Quantized | None = None
@@ -56,7 +56,7 @@ class Arithmetic:
             scale = scale_of(torch.linalg.vector_norm(x, torch.inf), dtype, self.margin, 1.0)
         else:
             scale = delayed_scale
-        return self.quantize(x, dtype, scale, stats, out)
+        return self.ops.quantize(x, dtype, scale, stats, out)
 
     def multiply(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
         """a b^T of rounded matrices (M, K) and (N, K), each with its inverse scales -> (M, N).
@@ -126,6 +126,57 @@ class Fp8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """out(swiglu(up(x))), where what lies between the two products is rounded as it is made; the formulas are _Product's."""
+
+    @staticmethod
+    def forward(ctx, x, w_up, w_out, up, out, arithmetic):
+        rounded = arithmetic.round(x, E4M3, up.scale_x, up.stats_x)
+        gate_up = arithmetic.multiply(rounded[:2], up.copies[:2], arithmetic.dtype, fast=True)
+        hidden = arithmetic.ops.swiglu_quantize(gate_up, E4M3, out.scale_x, out.stats_x)
+        ctx.save_for_backward(gate_up, *rounded[2:], *hidden[2:])
+        ctx.up, ctx.out, ctx.arithmetic, ctx.dtype = up, out, arithmetic, x.dtype
+        return arithmetic.multiply(hidden[:2], out.copies[:2], arithmetic.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate_up, *saved = ctx.saved_tensors
+        x, hidden, arithmetic, up, out = saved[:2], saved[2:], ctx.arithmetic, ctx.up, ctx.out
+        rounded = arithmetic.round(dy, E5M2, out.scale_dy, out.stats_dy)
+        d_hidden = arithmetic.multiply(rounded[:2], out.copies[2:], gate_up.dtype)
+        dw_out = arithmetic.multiply(rounded[2:], hidden, torch.float32)
+        rounded = arithmetic.ops.swiglu_backward_quantize(gate_up, d_hidden, E5M2, up.scale_dy, up.stats_dy)
+        dx = arithmetic.multiply(rounded[:2], up.copies[2:], ctx.dtype)
+        return dx, arithmetic.multiply(rounded[2:], x, torch.float32), dw_out, None, None, None
+
+
+class Operands(NamedTuple):
+    """What a product of two in one function needs of a layer."""
+
+    copies: Quantized
+    scale_x: Tensor
+    scale_dy: Tensor
+    stats_x: Tensor
+    stats_dy: Tensor
+
+
+class Fp8SwiGLU(nn.Module):
+    """A SwiGLU feed-forward without biases, in the place of model.FeedForward; the parameters keep their names."""
+
+    def __init__(self, ffn: nn.Module) -> None:
+        super().__init__()
+        self.activation, self.up, self.out = ffn.activation, ffn.up, ffn.out
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.up.copies is None:  # sharded weights are rounded when they are needed
+            return self.out(self.activation(self.up(x)))
+        up, out = (
+            Operands(layer.copies, layer.scale_x, layer.scale_dy, layer.stats_x, layer.stats_dy) for layer in (self.up, self.out)
+        )
+        y = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), self.up.weight, self.out.weight, up, out, self.up.arithmetic)
+        return y.view(x.shape)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # All products of a run
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,6 +206,9 @@ class Fp8:
                 linear.weight, linear.bias = old.weight, old.bias
                 setattr(block.get_submodule(owner), attribute, linear)
                 self.linears.append(linear)
+            # Where a scale is known before its values are, a feed-forward is one function.
+            if self.cfg.fp8_recipe == "delayed" and model.cfg.ffn_type == "swiglu" and not model.cfg.bias:
+                block.ffn = Fp8SwiGLU(block.ffn)
         return model
 
     def attach(self, device: torch.device, sharded: bool) -> None:
@@ -221,9 +275,7 @@ def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Opera
             raise UserError(f"--fp8_required: {reason}")
         return Fp8(cfg.fp8), [f"FP8 is left out, and products run in {dtype_name(dtype)}: {reason}"]
     emulated = cfg.fp8.fp8_emulate
-    arithmetic = Arithmetic(
-        cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, REFERENCE.quantize if emulated else ops.quantize
-    )
+    arithmetic = Arithmetic(cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, REFERENCE if emulated else ops)
     # What a block's products read is near 1, with outliers; the loss is a mean over a step's tokens, so gradients start out near
     # 1 / tokens. Either may be a hundred times larger or smaller for the one step that this has to do.
     tokens = cfg.data.batch_size * cfg.data.gradient_accumulation_steps * cfg.model.block_size

@@ -19,7 +19,7 @@ GROUPS = {  # knob -> what it chooses
     "rope_kernel": ("rope", "rope_qkv_"),
     "cross_entropy_kernel": ("linear_cross_entropy",),
     "adamw_kernel": ("AdamW",),
-    "fp8_kernel": ("quantize",),
+    "fp8_kernel": ("quantize", "swiglu_quantize", "swiglu_backward_quantize"),
 }
 
 
@@ -37,6 +37,8 @@ class Operations:
     linear_cross_entropy: Callable[..., Any]
     AdamW: Callable[..., Any]  # the optimizer, as torch.optim.AdamW is called
     quantize: Callable[..., Any]
+    swiglu_quantize: Callable[..., Any]
+    swiglu_backward_quantize: Callable[..., Any]
 
 
 REFERENCE = Operations(**{name: getattr(reference, name) for names in GROUPS.values() for name in names})
@@ -66,6 +68,7 @@ def triton_kernels() -> Operations:
     from kernels.rms_norm import add_rms_norm, rms_norm
     from kernels.rope import rope, rope_qkv_
     from kernels.swiglu import swiglu
+    from kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 
-    norms = layer_norm, rms_norm, add_layer_norm, add_rms_norm
-    return Operations(*norms, swiglu, rope, rope_qkv_, linear_cross_entropy, AdamW, quantize)
+    norms, fp8 = (layer_norm, rms_norm, add_layer_norm, add_rms_norm), (quantize, swiglu_quantize, swiglu_backward_quantize)
+    return Operations(*norms, swiglu, rope, rope_qkv_, linear_cross_entropy, AdamW, *fp8)

@@ -17,29 +17,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.inputs import check_devices, check_dtypes
 from kernels.reference import FP8_BLOCK, Quantized
 
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 TILE, TILE_WARPS = 64, 4  # with one scale; with many a tile has FP8_BLOCK rows and columns
 BLOCK_WARPS = 16
 
 
 @triton.jit
-def _round(z, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+def round_to(z, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
     clamped = tl.minimum(tl.maximum(z, -LARGEST), LARGEST)
     return (clamped + (z - z)).to(DTYPE)  # what is not finite becomes NaN: inf - inf
 
 
 @triton.jit
 def _inverse(amax, LARGEST: tl.constexpr):
-    return tl.where(amax > 0, amax / LARGEST, 1.0)
+    return tl.where(amax > 0, tl.div_rn(amax, LARGEST), 1.0)
 
 
 @triton.jit
 def _add(total, count):
-    tl.atomic_add(total, count.to(tl.int64), count > 0)
+    tl.atomic_add(total, tl.cast(count, tl.int64), count > 0)
+
+
+@triton.jit
+def _count(stats, values, y, n_saturated, n_values):
+    """`n_values`: all of the matrix, from one program, and 0 from the others."""
+    amax = tl.max(tl.abs(values)).to(tl.int32, bitcast=True).to(tl.int64)
+    tl.atomic_max(stats, amax, amax > tl.load(stats))  # what is read may be old, and so too small, but never too large
+    _add(stats + 1, n_saturated)
+    _add(stats + 2, tl.sum(((y.to(tl.float32) == 0) & (values != 0)).to(tl.int32)))
+    _add(stats + 3, n_values)
+
+
+@triton.jit
+def _store(rows, columns, y, y_columns, m, k, inside, M, K):
+    tl.store(rows + m * K + k, y, inside)
+    tl.store(columns + tl.trans(k) * M + tl.trans(m), tl.trans(y_columns), tl.trans(inside))
+
+
+@triton.jit
+def write_scaled(values, scale, rows, columns, stats, m, k, inside, M, K, n_values, LARGEST: tl.constexpr):
+    """A tile of float32 values with one scale, at rows m (R, 1) and columns k (1, C), int64, of (M, K): rounded, both ways round.
+
+    `values` is 0 outside of the matrix.
+    """
+    z = values * tl.load(scale)
+    y = round_to(z, LARGEST, rows.dtype.element_ty)
+    _store(rows, columns, y, y, m, k, inside, M, K)
+    _count(stats, values, y, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)), n_values)
 
 
 @triton.jit
@@ -62,26 +89,19 @@ def _kernel(
     inside = (m < M) & (k < K)
     m, k = m.to(tl.int64), k.to(tl.int64)  # a large tensor has more than 2^31 elements
     values = tl.load(x + m * x_stride + k, inside, 0.0).to(tl.float32)  # (SIZE, SIZE)
-    size = tl.abs(values)
-    dtype: tl.constexpr = rows.dtype.element_ty
+    is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    n_values = tl.where(is_first, tl.full((), 1, tl.int64) * M * K, 0)
     if scale is not None:
-        z = values * tl.load(scale)
-        y = _round(z, LARGEST, dtype)
-        y_columns = y
-        _add(stats + 1, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)))
+        write_scaled(values, scale, rows, columns, stats, m, k, inside, M, K, n_values, LARGEST)
     else:
-        inverse_m = _inverse(tl.max(size, 1, keep_dims=True), LARGEST)  # (SIZE, 1)
-        inverse_k = _inverse(tl.max(size, 0, keep_dims=True), LARGEST)  # (1, SIZE)
-        y, y_columns = _round(values / inverse_m, LARGEST, dtype), _round(values / inverse_k, LARGEST, dtype)
+        inverse_m = _inverse(tl.max(tl.abs(values), 1, keep_dims=True), LARGEST)  # (SIZE, 1)
+        inverse_k = _inverse(tl.max(tl.abs(values), 0, keep_dims=True), LARGEST)  # (1, SIZE)
+        y = round_to(tl.div_rn(values, inverse_m), LARGEST, rows.dtype.element_ty)
+        y_columns = round_to(tl.div_rn(values, inverse_k), LARGEST, rows.dtype.element_ty)
         tl.store(rows_inverse + tl.program_id(1).to(tl.int64) * M + m, inverse_m, m < M)
         tl.store(columns_inverse + tl.program_id(0).to(tl.int64) * K + k, inverse_k, k < K)
-    tl.store(rows + m * K + k, y, inside)
-    tl.store(columns + tl.trans(k) * M + tl.trans(m), tl.trans(y_columns), tl.trans(inside))
-    amax = tl.max(size).to(tl.int32, bitcast=True).to(tl.int64)
-    tl.atomic_max(stats, amax, amax > tl.load(stats))  # what is read may be old, and so too small, but never too large
-    _add(stats + 2, tl.sum(((y.to(tl.float32) == 0) & (values != 0)).to(tl.int32)))
-    is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
-    _add(stats + 3, tl.where(is_first, tl.full((), 1, tl.int64) * M * K, 0))
+        _store(rows, columns, y, y_columns, m, k, inside, M, K)
+        _count(stats, values, y, tl.zeros((), tl.int32), n_values)
 
 
 @torch.library.custom_op("nanotrain::quantize", mutates_args=("stats",))
@@ -113,10 +133,10 @@ def quantize_outputs(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats:
 
 def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, out: Quantized | None = None) -> Quantized:
     """What reference.quantize is. x is float32, bfloat16 or float16; a wrong shape, dtype or device is named in a ValueError."""
-    if x.device.type != DEVICE or x.ndim != 2 or x.dtype not in DTYPES:
-        raise ValueError(
-            f"x: expected a matrix of float32, bfloat16 or float16 on {DEVICE}, got {x.dtype} {list(x.shape)}, {x.device}"
-        )
+    check_devices(x=x, scale=scale)
+    check_dtypes(x=x)
+    if x.ndim != 2:
+        raise ValueError(f"x: expected a matrix, got shape {list(x.shape)}")
     if dtype not in FP8_DTYPES:
         raise ValueError(f"dtype: expected float8_e4m3fn or float8_e5m2, got {dtype}")
     if scale is None and (x.shape[0] % FP8_BLOCK or x.shape[1] % FP8_BLOCK):

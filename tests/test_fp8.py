@@ -18,7 +18,7 @@ from model import Transformer, build_model
 from tiny_runs import Runs
 
 CPU = torch.device("cpu")
-SHAPE = dict(n_layer=2, n_head=2, n_embd=128, block_size=64, vocab_size=64, d_ff=256, ffn_type="swiglu", bias=True)
+SHAPE = dict(n_layer=2, n_head=2, n_embd=128, block_size=64, vocab_size=64, d_ff=256, ffn_type="swiglu")
 FP8 = ("--use_fp8", "--fp8_emulate")
 
 
@@ -109,14 +109,28 @@ def test_the_scale_of_nothing_or_nonsense() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
-def test_gradients_are_those_of_float32_up_to_rounding(recipe: str) -> None:
+@pytest.mark.parametrize("knobs", [{}, {"bias": True}, {"ffn_type": "standard"}], ids=str)
+def test_gradients_are_those_of_float32_up_to_rounding(recipe: str, knobs: dict[str, object]) -> None:
     """e4m3 rounds by up to 1/16, e5m2 by up to 1/8: a few per cent of a sum of many. A wrong operand is far off."""
-    model, _ = build(recipe)
+    model, _ = build(recipe, **knobs)
     exact = build_model(model.cfg, CPU, 1)
     (loss, gradients), (true_loss, truth) = backward(model), backward(exact)
     assert loss == pytest.approx(true_loss, rel=3e-3) and loss != true_loss
     for name, got, want in zip(dict(model.named_parameters()), gradients, truth, strict=True):
         assert (got - want).norm() <= 0.15 * want.norm(), name
+
+
+def test_a_feed_forward_as_one_function_is_its_products_one_by_one() -> None:
+    """In float32 nothing is rounded between them, so that the two agree bit for bit."""
+    (model, fp8), (other, other_fp8) = build(), build()
+    for block in other.blocks:
+        block.ffn.forward = lambda x, ffn=block.ffn: ffn.out(ffn.activation(ffn.up(x)))
+    (loss, gradients), (other_loss, others) = backward(model), backward(other)
+    assert loss == other_loss
+    for got, want in zip(gradients, others, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    for mine, theirs in zip(fp8.linears, other_fp8.linears, strict=True):
+        torch.testing.assert_close(mine.stats_dy, theirs.stats_dy, rtol=1e-5, atol=2)
 
 
 def test_which_products_run_in_fp8() -> None:
@@ -150,19 +164,25 @@ def test_evaluation_is_in_full_precision() -> None:
 
 
 def test_compiled_products_count_and_round_as_plain_ones() -> None:
-    _, fp8 = build()
-    linear = fp8.linears[0]
+    model, fp8 = build(n_layer=1)
+    ffn, linear = model.blocks[0].ffn, fp8.linears[0]
     x = normal(32, 128).requires_grad_()
+
+    def both(x: Tensor) -> Tensor:
+        return ffn(x).sum() + linear(x).square().sum()
+
     outcomes = []
-    for call in (linear, torch.compile(linear, fullgraph=True)):
+    for call in (both, torch.compile(both, fullgraph=True)):
         fp8.begin_step()
-        linear.zero_grad()
+        model.zero_grad()
         x.grad = None
-        y = call(x)
-        y.square().sum().backward()
-        outcomes.append((y.detach(), x.grad, linear.weight.grad, linear.stats_x.clone(), linear.stats_dy.clone()))
+        loss = call(x)
+        loss.backward()
+        gradients = [x.grad, linear.weight.grad, ffn.up.weight.grad, ffn.out.weight.grad]
+        stats = [stats.clone() for layer in (linear, ffn.up, ffn.out) for stats in (layer.stats_x, layer.stats_dy)]
+        outcomes.append([loss.detach(), *gradients, *stats])
     for plain, compiled in zip(*outcomes, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=2e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

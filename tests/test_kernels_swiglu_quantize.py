@@ -1,0 +1,85 @@
+"""kernels/swiglu_quantize.py against reference.py; interpreted where there is no GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from kernels import reference
+from kernels.reference import Quantized
+from kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# A last bit of float32 may decide a rounding; the interpreter moreover does not carry into the exponent where it rounds up.
+DIFFERING = 0.08 if DEVICE == "cpu" else 0.002  # largest share of the values
+SHAPES = [(1, 2), (16, 32), (70, 2 * 80), (128, 2 * 48)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def no_stats() -> Tensor:
+    return torch.zeros(4, dtype=torch.int64, device=DEVICE)
+
+
+def assert_agree(got: Quantized, want: Quantized, stats: Tensor, true_stats: Tensor) -> None:
+    assert torch.equal(got.columns.float(), got.rows.t().float()) and got.columns.is_contiguous() and got.rows.is_contiguous()
+    assert got.rows.dtype == want.rows.dtype and torch.equal(got.rows_inverse, want.rows_inverse)
+    differing = (got.rows.float() != want.rows.float()).float().mean()
+    assert differing <= max(DIFFERING, 1.5 / want.rows.numel())
+    largest, true_largest = (s[:1].to(torch.int32).view(torch.float32) for s in (stats, true_stats))
+    torch.testing.assert_close(largest, true_largest, rtol=1e-5, atol=0)
+    assert stats[3] == true_stats[3] and (stats[1:3] - true_stats[1:3]).abs().max() <= 2 + 0.02 * want.rows.numel()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, scale = 3 * normal(*shape, dtype=dtype), torch.tensor(60.0, device=DEVICE)
+    stats, true_stats = no_stats(), no_stats()
+    assert_agree(swiglu_quantize(x, E4M3, scale, stats), reference.swiglu_quantize(x, E4M3, scale, true_stats), stats, true_stats)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, dy = 3 * normal(*shape, dtype=dtype), normal(shape[0], shape[1] // 2, dtype=dtype, seed=1)
+    scale, stats, true_stats = torch.tensor(1000.0, device=DEVICE), no_stats(), no_stats()
+    got = swiglu_backward_quantize(x, dy, E5M2, scale, stats)
+    assert_agree(got, reference.swiglu_backward_quantize(x, dy, E5M2, scale, true_stats), stats, true_stats)
+
+
+def test_the_references_gradient_is_autograds() -> None:
+    x, dy = normal(8, 32).double().requires_grad_(), normal(8, 16, seed=1)
+    reference.swiglu(x.float()).backward(dy)
+    got = reference.swiglu_backward_quantize(x.detach(), dy, E4M3, torch.tensor(64.0, device=DEVICE), no_stats())
+    torch.testing.assert_close(got.rows.float() * got.rows_inverse, x.grad.float(), rtol=2**-4, atol=2**-15)
+
+
+def test_strides() -> None:
+    x, scale = normal(64, 32).t(), torch.tensor(16.0, device=DEVICE)
+    stats, true_stats = no_stats(), no_stats()
+    assert_agree(swiglu_quantize(x, E4M3, scale, stats), reference.swiglu_quantize(x, E4M3, scale, true_stats), stats, true_stats)
+
+
+@pytest.mark.parametrize(
+    ("x", "dy", "message"),
+    [
+        (torch.zeros(4, 5), None, "gate_up: expected a matrix with an even"),
+        (torch.zeros(4, 4).long(), None, "gate_up: expected float32"),
+        (torch.zeros(4, 4), torch.zeros(4, 4), "dy: expected half the columns"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(x: Tensor, dy: Tensor | None, message: str) -> None:
+    x, scale = x.to(DEVICE), torch.tensor(1.0, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        if dy is None:
+            swiglu_quantize(x, E4M3, scale, no_stats())
+        else:
+            swiglu_backward_quantize(x, dy.to(DEVICE), E5M2, scale, no_stats())
