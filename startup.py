@@ -218,6 +218,8 @@ def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Che
             raise UserError(f"{checkpoint.path} is imported and has no optimizer: train from it with --init_from={out_dir}")
         check_compatible(checkpoint.state, identity(cfg, dataset))
         notes.append(f"resuming {checkpoint.path} after step {checkpoint.iter}")
+        if checkpoint.iter >= (last := cfg.optim.max_iters) and writes:
+            notes.append(f"nothing left to do: step {checkpoint.iter} of --max_iters={last}; a larger --max_iters goes on")
     elif cfg.checkpoint.resumes:
         if not writes:
             raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")

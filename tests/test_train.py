@@ -444,6 +444,14 @@ def test_resume_latest_with_nothing_saved_starts_from_scratch(runs: Runs) -> Non
     assert runs.losses("out") == runs.losses("plain")
 
 
+def test_resuming_a_finished_run_says_that_nothing_is_left(runs: Runs) -> None:
+    assert "nothing left" not in runs.run("out", "--max_iters=4") + runs.run("out", "--max_iters=6", "--resume=latest")
+    before = runs.losses("out")
+    output = runs.run("out", "--max_iters=6", "--resume=latest")
+    assert "nothing left to do: step 6 of --max_iters=6; a larger --max_iters goes on" in output
+    assert runs.losses("out") == before
+
+
 def test_going_back_to_an_older_tier_makes_it_the_latest(runs: Runs) -> None:
     """Whatever happens next, `--resume latest` goes on from there and not from the steps that were given up."""
     runs.run("out", "--max_iters=30", "--rolling_interval=10")
