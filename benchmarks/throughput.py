@@ -1,13 +1,15 @@
 """Tokens a second, MFU and peak memory of a whole training step, ours and our peers' on the same card.
 
     python benchmarks/throughput.py CONFIG [--knob=value ...] [--peer nanogpt:PATH] [--peer transformers] [--peer torchtitan]
-        [--rounds=2] [--steps=40] [--profile] [--json=FILE]
+        [--peer transformer_engine:RECIPE] [--peer "nanotrain:--knob=value ..."] [--rounds=2] [--steps=40] [--profile]
+        [--json=FILE]
 
 A step is one micro-batch of `batch_size` x `block_size` random tokens: forward, backward, clipping at 1.0, fused AdamW; bfloat16
 autocast over float32 weights, torch.compile. Each contestant runs in a process of its own, in the order A B A B; a figure is the
 median step of all rounds. Memory is what PyTorch has reserved on the GPU, at its peak during those steps. Peers run their own
-model code: nanoGPT's from a checkout at PATH, `transformers` and `torchtitan` as installed. `--profile` prints where our own
-step's time goes, kernel by kernel.
+model code: nanoGPT's from a checkout at PATH, `transformers` and `torchtitan` as installed, Transformer Engine's TransformerLayer
+with RECIPE bf16, delayed or current; and ourselves with other knobs. `--profile` prints where our own step's time goes, kernel by
+kernel.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def nanotrain(cfg: Config, _: str) -> Step:
 
     device = torch.device("cuda", 0)
     ops = kernels.choose(vars(cfg.kernels), "cuda")[0]
-    fp8, _ = choose_fp8(cfg, device, torch.bfloat16, ops)
+    fp8, notes = choose_fp8(cfg, device, torch.bfloat16, ops)
+    print(*notes, sep="\n")
     model = build_model(cfg.model, device, cfg.run.seed, ops, fp8.convert)
     fp8.attach(device, sharded=False)
     optimizer, scale = build_optimizer(model.parameters(), cfg.optim, ops.AdamW), LossScale(torch.bfloat16, device)
@@ -150,7 +153,43 @@ def torchtitan(cfg: Config, _: str) -> Step:
     return peer_step(model, lambda idx, targets: loss_of_logits(model(idx), targets), cfg)
 
 
-CONTESTANTS = {"nanotrain": nanotrain, "nanogpt": nanogpt, "transformers": transformers, "torchtitan": torchtitan}
+def transformer_engine(cfg: Config, recipe: str) -> Step:
+    import torch
+    import transformer_engine.pytorch as te
+    from torch.nn.functional import cross_entropy
+    from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
+
+    m = cfg.model
+    layer = dict(bias=False, normalization="RMSNorm", activation="swiglu", hidden_dropout=0.0, attention_dropout=0.0)
+    layer |= dict(self_attn_mask_type="causal", attn_input_format="bshd", fuse_qkv_params=True, num_gqa_groups=m.kv_heads)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = torch.nn.Embedding(m.vocab_size, m.n_embd)
+            layers = (te.TransformerLayer(m.n_embd, m.ffn_hidden, m.n_head, **layer) for _ in range(m.n_layer))
+            self.layers = torch.nn.ModuleList(layers)
+            self.norm = te.RMSNorm(m.n_embd)
+            self.head = torch.nn.Linear(m.n_embd, m.vocab_size, bias=False)
+            self.rope = te.RotaryPositionEmbedding(m.head_dim)(m.block_size)
+
+        def forward(self, idx: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(idx).bfloat16()
+            with te.fp8_autocast(enabled=recipe != "bf16", fp8_recipe=recipes.get(recipe)):
+                for block in self.layers:
+                    x = block(x, rotary_pos_emb=self.rope)
+            return self.head(self.norm(x))
+
+    recipes = {"delayed": DelayedScaling(), "current": Float8CurrentScaling()}
+    with torch.device("cuda"):
+        model = Model()
+    loss_of_logits = torch.compile(lambda logits, y: cross_entropy(logits.flatten(0, 1).float(), y.flatten()))
+    return peer_step(model, lambda idx, targets: loss_of_logits(model(idx), targets), cfg)
+
+
+CONTESTANTS = {
+    contestant.__name__: contestant for contestant in (nanotrain, nanogpt, transformers, torchtitan, transformer_engine)
+}
 
 
 def run_contestant(name: str, cfg: Config, steps: int, profile: bool) -> dict[str, Any]:
@@ -209,7 +248,7 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | No
     for name, rounds in figures.items():
         step_ms = statistics.median(t for r in rounds for t in r["times_ms"])
         tokens_per_s = 1e3 * tokens / step_ms
-        result[name.partition(":")[0]] = {
+        result["nanogpt" if name.startswith("nanogpt:") else name] = {
             "step_ms": round(step_ms, 3),
             "rounds_ms": [round(statistics.median(r["times_ms"]), 3) for r in rounds],
             "tokens_per_s": round(tokens_per_s),
@@ -218,11 +257,11 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | No
         }
     ours, gpu = result["nanotrain"], torch.cuda.get_device_name()
     print(f"\n{cfg.model.architecture}, {cfg.data.batch_size} x {cfg.model.block_size:,}, {gpu}, torch {torch.__version__}")
-    print(f"{'':14s} {'ms':>9s} {'tokens/s':>10s} {'MFU %':>7s} {'GiB':>7s} {'ours / theirs':>14s}  rounds, ms")
+    print(f"{'':32s} {'ms':>9s} {'tokens/s':>10s} {'MFU %':>7s} {'GiB':>7s} {'ours / theirs':>14s}  rounds, ms")
     for name, row in result.items():
         ratio, mfu = ours["tokens_per_s"] / row["tokens_per_s"], row["mfu_percent"] or float("nan")
         figures_of_row = f"{row['step_ms']:9.2f} {row['tokens_per_s']:10,d} {mfu:7.2f} {row['peak_gib']:7.2f} {ratio:14.3f}"
-        print(f"{name:14s} {figures_of_row}  {', '.join(f'{ms:.2f}' for ms in row['rounds_ms'])}")
+        print(f"{name:32s} {figures_of_row}  {', '.join(f'{ms:.2f}' for ms in row['rounds_ms'])}")
     if path:
         about = {"architecture": cfg.model.architecture, "batch": [cfg.data.batch_size, cfg.model.block_size]}
         software = {"gpu": gpu, "torch": torch.__version__}
@@ -231,7 +270,7 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", default=[], help="nanogpt:PATH, transformers or torchtitan; may be repeated")
+    parser.add_argument("--peer", action="append", default=[], help="another contestant; may be repeated")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--profile", action="store_true")
@@ -247,7 +286,7 @@ def main() -> None:
         return
     names = ["nanotrain", *args.peer]
     if unknown := [name for name in names if name.partition(":")[0] not in CONTESTANTS]:
-        parser.error(f"unknown peer {', '.join(unknown)}: choose from nanogpt:PATH, transformers, torchtitan")
+        parser.error(f"unknown peer {', '.join(unknown)}: choose from {', '.join(CONTESTANTS)}")
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for number, name in itertools.product(range(args.rounds), names):
@@ -258,6 +297,7 @@ def main() -> None:
                 f"--json={folder}/figures.json",
                 f"--steps={args.steps}",
                 *knobs,
+                *(name.partition(":")[2].split() if name.startswith("nanotrain:") else ()),
             ]
             done = subprocess.run([*child, "--profile"] if args.profile and number == 0 else child)
             if done.returncode:  # the others' figures stand

@@ -54,7 +54,7 @@ MAY_IMPORT = {
 OWNERS = {
     "torch.distributed": ("parallel", "sharding", "checkpoint", "checkpoint_files", "benchmarks"),  # a benchmark simulates it
     "triton": ("kernels",),
-    "transformer_engine": ("precision",),
+    "transformer_engine": ("benchmarks",),  # which runs it as a peer
     "transformers": ("hf_convert", "data", "benchmarks"),  # a benchmark runs it as a peer
 }
 ARCHITECTURE = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("data/**/*.py")]
