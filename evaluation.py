@@ -85,7 +85,8 @@ class Evaluator:
             batches = evaluation_batches(
                 tokens, cfg.model.block_size, cfg.data, iters, ranks.device, ranks.rank, ranks.world_size
             )
-            for x, y in tqdm(batches, "evaluating", delay=2, leave=False, disable=None):  # on a terminal, where it takes longer
+            hidden = None if ranks.is_main else True  # None: shown on a terminal
+            for x, y in tqdm(batches, "evaluating", delay=2, leave=False, disable=hidden):
                 if self.stop.ask():
                     return None
                 with self._autocast():

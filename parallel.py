@@ -289,19 +289,23 @@ class ReadBack:
         return event
 
 
-MAX_HOURS = 100  # among the codes of StopRequest, whose others are numbers of signals
+TIME_IS_UP = 1  # among the codes of StopRequest; its others are the numbers of signals, which are higher and win
+SLURM_MARGIN_S = 300.0  # the run ends so long before its Slurm job does, whenever its process was started
 
 
 class StopRequest:
-    """Whether the run should end after this step: SIGTERM, SIGINT, SIGUSR1 or the end of max_hours.
+    """Whether the run should end after this step: SIGTERM, SIGINT, SIGUSR1, the end of max_hours or of the Slurm job.
 
     The first signal asks; a second one exits at once. A rank alone obeys its own `code`. Among several a signal may reach any
     of them, so all obey what they have all `heard`: the highest code of a step, or of an evaluation's batch.
     """
 
     def __init__(self, max_hours: float | None, ranks: Ranks) -> None:
-        self.deadline_s = time.monotonic() + 3600 * max_hours if max_hours is not None else float("inf")
-        self.max_hours, self.ranks = max_hours, ranks
+        own_s = 3600 * max_hours if max_hours is not None else float("inf")
+        job_s = float(os.environ.get("SLURM_JOB_END_TIME", "inf")) - SLURM_MARGIN_S - time.time()
+        self.deadline_s = time.monotonic() + min(own_s, job_s)
+        self.deadline_name = "end of the Slurm job" if job_s < own_s else f"max_hours={max_hours}"
+        self.ranks = ranks
         self.signal = self.heard = 0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -315,8 +319,8 @@ class StopRequest:
 
     @property
     def code(self) -> int:
-        """What this rank alone would do: the number of a signal, MAX_HOURS, or 0."""
-        return self.signal or (MAX_HOURS if time.monotonic() > self.deadline_s else 0)
+        """What this rank alone would do: the number of a signal, TIME_IS_UP, or 0."""
+        return self.signal or (TIME_IS_UP if time.monotonic() > self.deadline_s else 0)
 
     def hear(self, codes: Sequence[float]) -> None:
         """The codes of all ranks, the same on every rank."""
@@ -336,7 +340,7 @@ class StopRequest:
     @property
     def reason(self) -> str:
         code = self.heard if self.ranks.world_size > 1 else self.code
-        return f"max_hours={self.max_hours:g}" if code == MAX_HOURS else signal.Signals(code).name if code else ""
+        return self.deadline_name if code == TIME_IS_UP else signal.Signals(code).name if code else ""
 
     @property
     def exit_code(self) -> int:

@@ -279,10 +279,11 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout
 
 
 def choose_by_memory(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[str, str]:
-    """(the first strategy whose predicted peak fits the GPU, why). The memory of a CPU is not predicted."""
+    """(the first strategy whose predicted peak fits the smallest GPU, why); a collective. A CPU's memory is not predicted."""
     if ranks.device.type == "cpu":
         return "ddp", "the default on a CPU"
-    memory_gib, precision = torch.cuda.get_device_properties(ranks.device).total_memory / GIB, str(dtype).removeprefix("torch.")
+    own_gib, precision = torch.cuda.get_device_properties(ranks.device).total_memory / GIB, str(dtype).removeprefix("torch.")
+    memory_gib = min(ranks.all_of(own_gib))
     name = first_that_fits(cfg, precision, ranks.world_size, memory_gib)
     peak_gib = predict_memory(cfg, precision, name or "fsdp", ranks.world_size).peak / GIB
     need = f"predicted to need {peak_gib:.1f} of {USABLE * memory_gib:.1f} usable GiB"

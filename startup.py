@@ -127,7 +127,7 @@ class TrainState:
         generators = self.ranks.all_of(random_state(self.ranks.device))
         return {
             "run_name": self.run_name,
-            "launch": launch_id(),
+            "launches": sorted({*self.ranks.all_of(launch_id())} - {None}),
             "val_loss": self.val_loss,
             "counters": {name: getattr(self, name) for name in self.COUNTERS},
             "rng": {str(rank): states for rank, states in enumerate(generators)},
@@ -161,8 +161,12 @@ def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretra
 
 
 def launch_id() -> str | None:
-    """What torchrun calls this job; the same after each of its --max_restarts."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
+    """The folder that this machine's torchrun has made for itself: another at every launch, the same after each restart.
+
+    Its --rdzv_id would not do: that is the same word for all launches, unless the user gives each its own.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_N/RANK/error.json
+    return str(Path(error_file).parents[2]) if error_file else None
 
 
 def schedule_notes(cfg: Config) -> list[str]:
@@ -211,8 +215,8 @@ def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Che
         checkpoint = find_checkpoint(out_dir, cfg.checkpoint.resume or "latest", notes.append)
     elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and writes:  # torchrun starts a job that failed once more
         checkpoint = find_checkpoint(out_dir, "latest", notes.append)
-        if checkpoint and checkpoint.state.get("launch") != launch_id():
-            checkpoint = None  # another job's: this one failed before it had saved anything
+        if checkpoint and launch_id() not in checkpoint.state.get("launches", []):
+            checkpoint = None  # another launch's: this one failed before it had saved anything
     if checkpoint:
         if checkpoint.state.get("weights_only"):
             raise UserError(f"{checkpoint.path} is imported and has no optimizer: train from it with --init_from={out_dir}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -72,3 +73,28 @@ def test_a_signal_is_heard_when_nobody_reads_stderr():
 
 def test_max_hours_stops():
     assert StopRequest(1e-9, ALONE).reason.startswith("max_hours") and not StopRequest(1.0, ALONE)
+
+
+@pytest.mark.parametrize(
+    ("left_s", "max_hours", "reason"),
+    [
+        (100, 1.0, "end of the Slurm job"),
+        (-50, None, "end of the Slurm job"),
+        (4000, 2.0, ""),
+        (4000, 1e-9, "max_hours=1e-09"),
+    ],
+)
+def test_the_end_of_a_slurm_job_stops_whenever_the_process_began(left_s, max_hours, reason, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + left_s)))
+    stop = StopRequest(max_hours, ALONE)
+    assert stop.reason == reason and stop.exit_code == 0
+
+
+def test_a_signal_wins_over_time_that_is_up(monkeypatch):
+    """Rank 0's time is up in the same step as SIGTERM reaches rank 1; they hear both."""
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    out_of_time, signalled = StopRequest(1e-9, Ranks(0, 2, CPU)), StopRequest(None, Ranks(1, 2, CPU))
+    os.kill(os.getpid(), signal.SIGTERM)  # the newest handler is the second's
+    for stop in (out_of_time, signalled):
+        stop.hear([out_of_time.code, signalled.code])
+        assert stop.reason == "SIGTERM" and stop.exit_code == 143

@@ -301,6 +301,18 @@ def test_simulation_of_1024_ranks(tmp_path: Path) -> None:
 def test_auto_takes_the_first_that_fits(n_layer: int, memory_gib: int, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(total_memory=memory_gib * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(Ranks, "all_of", lambda ranks, value: [value] * ranks.world_size)
     flags = ["config/full_llama_1.36b.py", "--vocab_size=32000", f"--n_layer={n_layer}", "--n_embd=4608", "--n_head=36"]
     layout, why = choose_layout(load_config(flags), Ranks(0, 8, torch.device("cuda")), torch.bfloat16)
     assert chosen in why and f"of {0.92 * memory_gib:.1f} usable GiB" in why and why.startswith(layout.name)
+
+
+def test_auto_chooses_for_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank by its own GPU would build another layout, and wait for the others for ever."""
+    cfg, chosen = load_config(["config/full_llama_1.36b.py", "--vocab_size=32000"]), []
+    monkeypatch.setattr(Ranks, "all_of", lambda ranks, value: [140.0, 40.0])
+    for memory_gib in (140, 40):
+        gpu = SimpleNamespace(total_memory=memory_gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        chosen.append(choose_layout(cfg, Ranks(0, 2, torch.device("cuda")), torch.bfloat16)[1])
+    assert chosen[0] == chosen[1] and f"of {0.92 * 40:.1f} usable GiB" in chosen[0]

@@ -18,7 +18,8 @@ from tiny_runs import Runs, free_port
 
 # Each task of srun is an agent; it gets the script's command.
 SRUN = """#!/bin/bash
-shift
+[[ "$*" == *"--cpus-per-task=3"* ]] || exit 1
+while [[ $1 == --* ]]; do shift; done
 "$@" & first=$!
 "$@" & second=$!
 wait $first && wait $second
@@ -51,7 +52,7 @@ def test_two_nodes_go_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) -> 
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/bash\necho 127.0.0.1\n")):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    job = {"JOB_ID": "7", "SUBMIT_DIR": ROOT, "NNODES": 2, "GPUS_ON_NODE": 2, "JOB_NODELIST": "here"}
+    job = {"JOB_ID": "7", "SUBMIT_DIR": ROOT, "NNODES": 2, "GPUS_ON_NODE": 2, "JOB_NODELIST": "here", "CPUS_PER_TASK": 3}
     environment = os.environ | {f"SLURM_{name}": str(value) for name, value in job.items()}
     environment |= {"PYTHON": sys.executable, "PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
@@ -75,15 +76,34 @@ def test_two_nodes_go_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) -> 
     assert runs.losses("nodes") == runs.losses("uninterrupted")
 
 
-def be_started_again(job: str, count: int) -> None:
-    """What torchrun tells the processes of its attempt number `count` + 1."""
-    os.environ |= {"TORCHELASTIC_RUN_ID": job, "TORCHELASTIC_RESTART_COUNT": str(count)}
+def be_started_again(launch: str, count: int) -> None:
+    """What torchrun tells the processes of its attempt number `count` + 1; its run id is "none" unless the user names one."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(count)}
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"/tmp/torchelastic_x/{launch}/attempt_{count}/0/error.json"
 
 
 def test_another_attempt_goes_on_unasked(runs: Runs) -> None:
     flags = ["--run_name=mine", "--max_iters=4"]
-    runs.run("out", *flags, prepare=partial(be_started_again, "job", 0))
-    output = runs.run("out", *flags, "--max_iters=6", prepare=partial(be_started_again, "job", 1))
+    runs.run("out", *flags, prepare=partial(be_started_again, "none_first", 0))
+    output = runs.run("out", *flags, "--max_iters=6", prepare=partial(be_started_again, "none_first", 1))
     assert "resuming" in output and list(runs.losses("out")) == [1, 2, 3, 4, 5, 6]
-    output = runs.run("out", *flags, "--run_name=other", prepare=partial(be_started_again, "another job", 1))
+    output = runs.run("out", *flags, "--run_name=other", prepare=partial(be_started_again, "none_second", 1))
     assert "the checkpoints of run mine are now in" in output  # they are not its own
+
+
+SAY_LAUNCH = """import os, sys; sys.path.insert(0, {root!r})
+from startup import launch_id
+print("launch", launch_id(), flush=True)
+sys.exit(os.environ["TORCHELASTIC_RESTART_COUNT"] == "0")"""
+
+
+@pytest.mark.slow
+def test_a_launch_is_torchruns_own(tmp_path: Path) -> None:
+    """Two launches of torchrun, each of which starts its process twice."""
+    program = tmp_path / "say.py"
+    program.write_text(SAY_LAUNCH.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "--max_restarts=1"]
+    launches = [subprocess.Popen([*command, program], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [launch.communicate(timeout=120)[0].splitlines() for launch in launches]
+    (first, again), (second, _) = said
+    assert first == again != second and first != "launch None"
