@@ -83,16 +83,22 @@ class TrainState:
     step: int = 0  # finished steps
     samples: int = 0  # sequences they have read: the position in the global sample order
     evaluated_step: int = -1
+    measured_step: int = -1  # of HellaSwag and text samples
     val_loss: float | None = None  # of the last evaluation
     best_val_loss: float | None = None
     skipped: int = 0  # steps with a gradient that was not finite
     skipped_in_a_row: int = 0
 
-    COUNTERS = ("step", "samples", "evaluated_step", "val_loss", "best_val_loss", "skipped", "skipped_in_a_row")
+    COUNTERS = ("step", "samples", "evaluated_step", "measured_step", "val_loss", "best_val_loss", "skipped", "skipped_in_a_row")
 
     @property
     def tokens(self) -> int:
         return self.samples * self.model.cfg.block_size
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """What tells two states of a run apart: finished steps, and the last of them that was evaluated and measured."""
+        return self.step, self.evaluated_step, self.measured_step
 
     def held(self) -> Iterator[tuple[str, Piece, int]]:
         """(name, piece, number of ranks that hold the same) of every tensor of a checkpoint."""
@@ -245,13 +251,12 @@ def folder_of(fp8: Fp8) -> str:
     return FP8_FOLDER if fp8.active else FOLDER
 
 
-def in_latest(cfg: Config, checkpoint: Checkpoint | None, fp8: Fp8) -> tuple[int, int] | None:
-    """(finished steps, last evaluated step) of what `latest` holds, if it was resumed; any other has yet to become it."""
+def in_latest(cfg: Config, checkpoint: Checkpoint | None, state: TrainState) -> tuple[int, int, int] | None:
+    """The progress that `latest` holds, if the restored `state` came from it; any other has yet to become it."""
     if not checkpoint or not is_own(cfg, checkpoint):
         return None
-    if (checkpoint.path.parent.name, checkpoint.path.name) == (folder_of(fp8), "latest"):
-        return checkpoint.iter, checkpoint.state["counters"]["evaluated_step"]
-    return None
+    is_latest = (checkpoint.path.parent.name, checkpoint.path.name) == (folder_of(state.fp8), "latest")
+    return state.progress if is_latest else None
 
 
 def open_store(
@@ -500,6 +505,12 @@ class NonFiniteRun(UserError):
     """Too many steps in a row had a gradient that is not finite."""
 
     exit_code = 3
+
+    def __init__(self, in_a_row: int, last_step: int) -> None:
+        super().__init__(
+            f"{in_a_row} steps in a row had no finite gradient, the last at step {last_step}; weights and checkpoints are those "
+            "from before. Try a lower --learning_rate, or another --dtype than float16"
+        )
 
 
 class OutOfMemory(UserError):

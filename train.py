@@ -92,7 +92,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
 
     # 7. Loop: one step, then whatever is due after it.
     ranks.set_timeout(cfg.parallel.step_timeout_s)
-    readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint, fp8)
+    readback, in_latest = ReadBack(ranks.device), startup.in_latest(cfg, checkpoint, state)
     profiler = stack.enter_context(Profiler(cfg.run, state.run_name, ranks, log.line, readback.restart_clock))
     loop(Run(cfg, dataset, order, state, loader, micro_step, log, store, evaluator, readback, profiler, stop, in_latest))
     return stop.exit_code
@@ -114,7 +114,7 @@ class Run:
     readback: ReadBack
     profiler: Profiler
     stop: StopRequest
-    in_latest: tuple[int, int] | None  # what `latest` holds: finished steps, and the last of them that was evaluated
+    in_latest: tuple[int, int, int] | None  # the state.progress that `latest` holds
     overdue: bool = False  # rank 0 says that `latest` was last written checkpoint_minutes ago
     fp8_warned: bool = False  # of the step before: a loss that lasts is told once
     saved_s: float = field(default_factory=time.monotonic)  # when `latest` was last written
@@ -125,11 +125,13 @@ def loop(run: Run) -> None:
     cfg, state = run.cfg, run.state
     if cfg.eval.eval_only:
         evaluate(run)
+        measure_if_due(run)
         return
     run.store.reserve(state.to_save())
-    improved = evaluate_if_due(run)  # at step 0; after a resume the evaluation that a stop cut short
-    if state.step > 0 and run.in_latest != (state.step, state.evaluated_step):
-        save(run, ["latest", "best_model"] if improved else ["latest"])
+    improved = evaluate_if_due(run)  # at step 0; after a resume what a stop cut short
+    save_latest(run, *(["best_model"] if improved else []))
+    measure_if_due(run)
+    save_latest(run)
     run.readback.restart_clock()
     while state.step < cfg.optim.max_iters and not run.stop:
         epoch = run.order.epoch(state.samples)
@@ -137,16 +139,12 @@ def loop(run: Run) -> None:
             train_step(run)
         report_steps(run, keep=run.readback.depth)
         improved = evaluate_if_due(run)
-        measure_hellaswag_if_due(run)
-        if run.evaluator.prompt and due(state.step, cfg.eval.sample_interval) and not run.stop:
-            run.log.text(state.step, run.evaluator.sample(run.evaluator.prompt))
-            run.readback.restart_clock()
+        measure_if_due(run)
         if tiers := tiers_due(run, improved, epoch):
             save(run, tiers)
         run.store.poll()
     report_steps(run, keep=0)
-    if state.step > 0 and run.in_latest != (state.step, state.evaluated_step):
-        save(run, ["latest"])
+    save_latest(run)
 
 
 def due(step: int, interval: int) -> bool:
@@ -202,10 +200,7 @@ def report_steps(run: Run, keep: int) -> None:
             state.skipped += 1
             run.log.event("skipped_step", step.iter, f"step {step.iter} skipped: its gradient is not finite", loss=loss)
         if state.skipped_in_a_row >= run.cfg.optim.max_skipped_steps:
-            raise startup.NonFiniteRun(
-                f"{state.skipped_in_a_row} steps in a row had no finite gradient, the last at step {step.iter}; weights and "
-                "checkpoints are those from before. Try a lower --learning_rate, or another --dtype than float16"
-            )
+            raise startup.NonFiniteRun(state.skipped_in_a_row, step.iter)
         above = losses_above(fp8, run.cfg.fp8.fp8_warn_percent)
         if above and not run.fp8_warned:
             run.log.event("fp8_losses", step.iter, f"warning: at step {step.iter} {', '.join(above)}", **fp8)
@@ -243,15 +238,24 @@ def evaluate(run: Run) -> bool:
     return improved
 
 
-def measure_hellaswag_if_due(run: Run) -> None:
-    """At every interval and at the end; a stop request ends it early, unlogged."""
-    step, questions = run.state.step, run.evaluator.questions
-    at_end = step == run.cfg.optim.max_iters
-    if not questions or run.stop or not (due(step, run.cfg.eval.hellaswag_interval) or at_end):
+def measure_if_due(run: Run) -> None:
+    """HellaSwag at every interval and at the end, a text at every interval; a stop request ends it early, unlogged."""
+    state, cfg, evaluator = run.state, run.cfg.eval, run.evaluator
+    at_end = state.step == run.cfg.optim.max_iters or cfg.eval_only
+    questions = evaluator.questions if at_end or due(state.step, cfg.hellaswag_interval) else None
+    prompt = evaluator.prompt if due(state.step, cfg.sample_interval) else None
+    is_done = state.step in (0, state.measured_step) and not cfg.eval_only
+    if run.stop or is_done or not (questions or prompt):
         return
     report_steps(run, keep=0)
-    if score := run.evaluator.hellaswag(questions):
-        run.log.score(step, f"step {step}: {score}", {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
+    if questions:
+        if not (score := evaluator.hellaswag(questions)):
+            return
+        figures = {"hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm}
+        run.log.score(state.step, f"step {state.step}: {score}", figures)
+    if prompt:
+        run.log.text(state.step, evaluator.sample(prompt))
+    state.measured_step = state.step
     run.readback.restart_clock()
 
 
@@ -276,12 +280,18 @@ def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:
     return tiers
 
 
+def save_latest(run: Run, *others: str) -> None:
+    """And the other tiers; unless `latest` holds just this, or nothing has been trained."""
+    if run.state.step > 0 and run.in_latest != run.state.progress:
+        save(run, ["latest", *others])
+
+
 def save(run: Run, tiers: list[str]) -> None:
     """Hand the state to the store, which writes it while training goes on."""
     report_steps(run, keep=0)  # the counters of skipped steps are in the checkpoint
     state = run.state
     if "latest" in tiers:
-        run.in_latest, run.saved_s, run.overdue = (state.step, state.evaluated_step), time.monotonic(), False
+        run.in_latest, run.saved_s, run.overdue = state.progress, time.monotonic(), False
     run.store.save(state.step, state.to_save(), state.to_json(run.cfg, run.dataset), tiers)
     run.readback.restart_clock()
 

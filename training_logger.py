@@ -22,6 +22,7 @@ from run_file import LISTS, RECORDS, RunFile, StepRecord, Throughput, log_path, 
 
 SUMMARY_S = 5.0  # the summary in the file is never older than this
 START_KNOBS = {"init_from", "resume", "run_name"}  # they say how a process was started, not what the run is
+OF_PROCESSES = {"start", "resume", "stop"}  # events that stay when the steps they happened at are taken back
 BOLD, DIM, GREEN, RESET = "\033[1m", "\033[2m", "\033[32m", "\033[0m"
 
 
@@ -389,12 +390,13 @@ class TrainingLogger:
         self.active = False
 
     def _resume(self, path: Path, sections: dict[str, Any], resume_iter: int) -> None:
-        """Goes on in the log of an earlier process: what is whole and not beyond `resume_iter` stays."""
+        """Goes on in the log of an earlier process: what is whole and not beyond `resume_iter` stays, and OF_PROCESSES."""
         old, records = read_log(path) if path.exists() else ({}, iter(()))
         if path.exists() and "run_name" not in old:
             self.line(f"{path} is not a run log that this program wrote; it is kept as {set_aside([path])[0]}")
         for name in LISTS:
-            sections[name] = [entry for entry in old.get(name, []) if entry["iter"] <= resume_iter or name == "events"]
+            entries = old.get(name, [])
+            sections[name] = [each for each in entries if each["iter"] <= resume_iter or each.get("kind") in OF_PROCESSES]
         self._wandb_id = next((e["wandb_id"] for e in reversed(sections["events"]) if "wandb_id" in e), self._wandb_id)
         for record in sections["eval_steps"]:
             self._progress.add_evaluation(record)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import evaluation
 import hellaswag
 from configurator import ROOT, ModelConfig, UserError
 from data.tokenizer import CharacterTokenizer
@@ -220,6 +224,50 @@ def test_two_ranks_share_the_items_out(trained: Path, capsys: pytest.CaptureFixt
 def test_mistakes_are_one_message(trained: Path, flags: list[str], says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         hellaswag.main(command(trained, *flags)[1:])
+
+
+def stop_when_asked(number: int) -> None:
+    """SIGTERM reaches the run as it takes the test for this time."""
+    take, calls = evaluation.log_likelihoods, itertools.count(1)
+
+    def take_or_stop(*args: object) -> object:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(*args)
+
+    evaluation.log_likelihoods = take_or_stop
+
+
+def told(runs: Runs, out_dir: str) -> list[tuple[str, int]]:
+    events = runs.log(out_dir)["events"]
+    return [(event["kind"], event["iter"]) for event in events if event["kind"] in ("score", "sample")]
+
+
+def test_what_a_stop_cut_short_is_made_up_for_once(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "data", tmp_path / "data")
+    flags = ["--block_size=32", "--max_iters=6", "--hellaswag_interval=4", f"--hellaswag_source={trained / 'items.jsonl'}"]
+    flags += ["--sample_interval=2", "--sample_prompt=the", "--sample_tokens=4", "--resume=latest"]
+    with Runs(tmp_path) as runs:
+        runs.run("out", *flags, exit_code=143, prepare=partial(stop_when_asked, 1))
+        assert told(runs, "out") == [("sample", 2)] and runs.tiers("out") == {"latest": 4}
+        runs.run("out", *flags, exit_code=143, prepare=partial(stop_when_asked, 2))  # at the last step
+        assert told(runs, "out") == [("sample", 2), ("score", 4), ("sample", 4)]
+        for _ in range(2):  # the second has nothing left to do
+            runs.run("out", *flags)
+            assert told(runs, "out") == [("sample", 2), ("score", 4), ("sample", 4), ("score", 6), ("sample", 6)]
+
+
+def test_eval_only_takes_the_test(trained: Path, tmp_path: Path) -> None:
+    for name in ("data", "out"):
+        shutil.copytree(trained / name, tmp_path / name)
+    flags = ["--block_size=32", "--hellaswag_interval=4", f"--hellaswag_source={trained / 'items.jsonl'}"]
+    with Runs(tmp_path) as runs:
+        runs.run("out", *flags, "--init_from=resume", "--eval_only", "--run_name=again")
+    scores = [
+        [event for event in json.loads((tmp_path / "out" / name).read_text())["events"] if event["kind"] == "score"]
+        for name in ("run_mine.json", "run_eval_again.json")
+    ]
+    assert len(scores[1]) == 1 and scores[1][0]["hellaswag_acc"] == scores[0][-1]["hellaswag_acc"] and scores[1][0]["iter"] == 6
 
 
 def test_a_run_is_refused_before_it_begins(trained: Path, tmp_path: Path) -> None:

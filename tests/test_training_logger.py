@@ -239,6 +239,21 @@ def test_a_resumed_log_equals_one_that_was_never_stopped(tmp_path: Path) -> None
     assert other["summary"]["avg_tokens_per_sec"] == pytest.approx(5_135e3 * len(counted) / sum(counted), rel=1e-5)
 
 
+def test_what_happened_at_steps_that_are_taken_back_is_not_told_twice(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    for i in (2, 4):
+        first.score(i, f"step {i}: 25 % right", {"hellaswag_acc": 0.25})
+        first.text(i, "to be")
+        first.event("skipped_step", i, f"step {i} skipped")
+    first.close("stopped", last=(5, 50))
+    second = opened(tmp_path, resume_iter=2)
+    second.score(4, "step 4: 25 % right", {"hellaswag_acc": 0.25})
+    second.close("finished")
+    events = [(event["kind"], event["iter"]) for event in strict(log_path(tmp_path, "x"))["events"]]
+    assert events[:5] == [("start", 0), ("score", 2), ("sample", 2), ("skipped_step", 2), ("stop", 5)]
+    assert [event for event in events[5:] if event[0] != "stop"] == [("resume", 2), ("score", 4)]
+
+
 def test_what_adds_up_over_the_processes_goes_on(tmp_path: Path) -> None:
     first = opened(tmp_path)
     first.step(step(1, skipped=3))
