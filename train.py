@@ -38,12 +38,13 @@ from training_logger import StepRecord, TrainingLogger
 
 def main(argv: list[str]) -> int:
     cfg = config_or_plan(argv)
-    with ending_together(lambda error: startup.explain(cfg, error)), ExitStack() as stack:
+    with ExitStack() as stack:
         return train(cfg, stack)
 
 
 def train(cfg: Config, stack: ExitStack) -> int:
     """One run, from its configuration to its exit code; what must be closed at the end is put on the stack."""
+    stack.enter_context(ending_together(lambda error: startup.explain(cfg, error)))  # of cfg as it is settled by then
     # 1. Ranks: process group, device, seeds; from here on a signal ends the run in an orderly way.
     ranks = start_ranks(cfg.run, cfg.parallel, stack)
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
@@ -208,9 +209,8 @@ def report_steps(run: Run, keep: int) -> None:
         if step.logged:
             run.log.step(
                 StepRecord(
-                    step.iter, loss, step.lr, time_ms, step.data_wait_ms, step.tokens, norm,
-                    *(moments or (None, None)), *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped, own_ms,
-                    fp8,
+                    step.iter, loss, step.lr, time_ms, step.data_wait_ms, step.tokens, norm, *(moments or (None, None)),
+                    *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped, own_ms, fp8,
                 )
             )  # fmt: skip
 
@@ -244,8 +244,7 @@ def measure_if_due(run: Run) -> None:
     at_end = state.step == run.cfg.optim.max_iters or cfg.eval_only
     questions = evaluator.questions if at_end or due(state.step, cfg.hellaswag_interval) else None
     prompt = evaluator.prompt if due(state.step, cfg.sample_interval) else None
-    is_done = state.step in (0, state.measured_step) and not cfg.eval_only
-    if run.stop or is_done or not (questions or prompt):
+    if run.stop or not (questions or prompt) or (state.step in (0, state.measured_step) and not cfg.eval_only):
         return
     report_steps(run, keep=0)
     if questions:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configurator import ROOT
+from configurator import ROOT, load_config
+from data.tokens import load_dataset
+from memory import GIB, predict_memory
+from startup import with_vocabulary
 from tiny_runs import Runs, become_rank, nothing
 
 
@@ -287,3 +291,7 @@ def test_memory_that_is_not_there(runs: Runs) -> None:
     process = runs.start("out", *huge)
     assert process.wait() == 4
     assert "out of memory" in process.stderr and "--batch_size=2" in process.stderr and "Traceback" not in process.stderr
+    cfg = load_config(runs.argv("out", *huge, "--dtype=float32"))
+    settled = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))  # the data's few letters, not GPT-2's vocabulary
+    needed = predict_memory(settled, "float32", "ddp", 1).parameters / GIB
+    assert re.search(rf"parameters +{needed:.2f} GiB", process.stderr), process.stderr
