@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import difflib
+import re
 import shutil
 import subprocess
 import sys
@@ -60,14 +62,20 @@ def plan_text(cfg: Config) -> str:
 def find_gpu(asked: str) -> str:
     """The name in flops.PEAKS that is asked for, or the first that contains it (A100: A100-SXM4-40GB); by default this machine's.
 
-    Raises UserError naming those known.
+    Blanks, hyphens, case, NVIDIA and GeForce do not count. Raises UserError naming those known.
     """
     known = [name for gpu in PEAKS for name in gpu.device_names]
-    wanted = (asked or gpu_of_this_machine() or DEFAULT_GPU).removeprefix("NVIDIA ").lower()
-    found = [name for name in known if name.lower() == wanted] or [name for name in known if wanted in name.lower()]
+    name = asked or gpu_of_this_machine() or DEFAULT_GPU
+    wanted, plain = plain_name(name), {plain_name(gpu): gpu for gpu in known}
+    found = [gpu for gpu in plain if gpu == wanted] or [gpu for gpu in plain if wanted and wanted in gpu]
     if not found:
-        raise UserError(f"--gpu={asked or wanted}: not a GPU whose rates are known; known are {', '.join(known)}")
-    return found[0]
+        near = [f"did you mean {plain[gpu]}? " for gpu in difflib.get_close_matches(wanted, plain, n=1)]
+        raise UserError(f"--gpu={name}: not a GPU whose rates are known; {''.join(near)}known are {', '.join(known)}")
+    return plain[found[0]]
+
+
+def plain_name(gpu: str) -> str:
+    return re.sub(r"nvidia|geforce|[^a-z0-9]", "", gpu.lower())
 
 
 def gpu_of_this_machine() -> str | None:

@@ -98,7 +98,16 @@ def test_what_does_not_fit_names_what_does():
 
 @pytest.mark.parametrize(
     ("asked", "name"),
-    [("h200", "H200"), ("NVIDIA H200", "H200"), ("H100", "H100 80GB HBM3"), ("A10", "A10"), ("4090", "GeForce RTX 4090")],
+    [
+        ("h200", "H200"),
+        ("NVIDIA H200", "H200"),
+        ("H100", "H100 80GB HBM3"),
+        ("A10", "A10"),
+        ("4090", "GeForce RTX 4090"),
+        ("RTX4090", "GeForce RTX 4090"),
+        ("rtx-4090", "GeForce RTX 4090"),
+        ("a100 sxm4 80gb", "A100-SXM4-80GB"),
+    ],
 )
 def test_names_of_gpus(asked, name):
     assert plan.find_gpu(asked) == name
@@ -118,6 +127,11 @@ def test_unknown_gpu(name):
     with pytest.raises(UserError, match=rf"--gpu={name}: .*known are .*H200.*T4") as error:
         planned(f"--gpu={name}")
     assert "\n" not in str(error.value)
+
+
+def test_a_mistyped_gpu_is_told_the_nearest():
+    with pytest.raises(UserError, match=r"--gpu=RTX 4900: .*; did you mean GeForce RTX 4090\? known are "):
+        plan.find_gpu("RTX 4900")
 
 
 def test_gpus_that_do_not_share_the_micro_steps_evenly():
