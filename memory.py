@@ -76,9 +76,14 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
 
 
 def first_that_fits(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Strategy | None:
-    """The first of ddp, zero1 and fsdp whose peak is usable memory of a GPU that has `memory_gib`; None where none is."""
+    """The first of the strategies whose peak is usable memory of a GPU that has `memory_gib`; None where none is."""
     usable = USABLE * memory_gib * GIB
-    return next((strategy for strategy in STRATEGIES if predict_memory(cfg, dtype, strategy, ranks).peak <= usable), None)
+    return next((each for each in strategies_of(ranks) if predict_memory(cfg, dtype, each, ranks).peak <= usable), None)
+
+
+def strategies_of(ranks: int) -> tuple[Strategy, ...]:
+    """Those that so many ranks can run: one has nobody to share with, which is ddp in all that memory is about."""
+    return STRATEGIES if ranks > 1 else STRATEGIES[:1]
 
 
 def unit_parameters(m: ModelConfig) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from configurator import Config, UserError, load_config, nearest
 from flops import PEAKS, Precision, count_parameters, flops_per_token, loss_prediction, peak_tflops
-from memory import GIB, GPU_MEMORY_GIB, STRATEGIES, USABLE, MemoryUse, Strategy, first_that_fits, predict_memory
+from memory import GIB, GPU_MEMORY_GIB, USABLE, MemoryUse, Strategy, first_that_fits, predict_memory, strategies_of
 from pretrained import with_pretrained
 
 DEFAULT_GPU = "H200"
@@ -40,7 +40,7 @@ def config_or_plan(argv: Sequence[str]) -> Config:
 def plan_text(cfg: Config) -> str:
     """Raises UserError: a GPU that is not in the table, ranks that do not divide the micro-steps, weights that are not there."""
     gpus, name = cfg.plan.num_gpus, find_gpu(cfg.plan.gpu)
-    check_division(cfg.data.gradient_accumulation_steps, gpus)
+    check_division(cfg, gpus)
     cfg, _ = with_pretrained(cfg)
     cfg, train_tokens, notes = with_data(cfg)
     m, dtype = cfg.model, dtype_on(name, cfg.run.dtype)
@@ -60,14 +60,15 @@ def plan_text(cfg: Config) -> str:
 
 
 def find_gpu(asked: str) -> str:
-    """The name in flops.PEAKS that is asked for, or the first that contains it (A100: A100-SXM4-40GB); by default this machine's.
+    """The name in flops.PEAKS that is asked for, or the first with those words (A100: A100-SXM4-40GB); by default this machine's.
 
     Blanks, hyphens, case, NVIDIA and GeForce do not count. Raises UserError naming those known.
     """
     known = [name for gpu in PEAKS for name in gpu.device_names]
     name = asked or gpu_of_this_machine() or DEFAULT_GPU
     wanted, plain = plain_name(name), {plain_name(gpu): gpu for gpu in known}
-    found = [gpu for gpu in plain if gpu == wanted] or [gpu for gpu in plain if wanted and wanted in gpu]
+    same = [gpu for gpu in plain if gpu.replace(" ", "") == wanted.replace(" ", "")]
+    found = same or [gpu for gpu in plain if f" {wanted} " in f" {gpu} "]
     if not found:
         near = [f"did you mean {plain[gpu]}? " for gpu in difflib.get_close_matches(wanted, plain, n=1)]
         raise UserError(f"--gpu={name}: not a GPU whose rates are known; {''.join(near)}known are {', '.join(known)}")
@@ -75,7 +76,8 @@ def find_gpu(asked: str) -> str:
 
 
 def plain_name(gpu: str) -> str:
-    return re.sub(r"nvidia|geforce|[^a-z0-9]", "", gpu.lower())
+    """Its words, with a blank between."""
+    return " ".join(re.findall(r"[a-z0-9]+", re.sub("nvidia|geforce", "", gpu.lower())))
 
 
 def gpu_of_this_machine() -> str | None:
@@ -86,8 +88,12 @@ def gpu_of_this_machine() -> str | None:
     return query.stdout.splitlines()[0].strip() if query.returncode == 0 and query.stdout.strip() else None
 
 
-def check_division(micro_steps: int, gpus: int) -> None:
-    """Raises UserError where the micro-steps of a step cannot be shared out evenly."""
+def check_division(cfg: Config, gpus: int) -> None:
+    """Raises UserError where the micro-steps of a step, or the GPUs themselves, cannot be shared out evenly."""
+    micro_steps, shards = cfg.data.gradient_accumulation_steps, cfg.parallel.hsdp_shard_size
+    if shards and gpus > 1 and gpus % shards:
+        near = nearest([k for k in range(1, gpus + 1) if gpus % k == 0], shards)
+        raise UserError(f"--hsdp_shard_size={shards} does not divide --num_gpus={gpus}; the nearest that do: {near}")
     if micro_steps % gpus:
         near = nearest([k * gpus for k in range(1, micro_steps + 2)], micro_steps)
         raise UserError(
@@ -97,15 +103,19 @@ def check_division(micro_steps: int, gpus: int) -> None:
 
 
 def with_data(cfg: Config) -> tuple[Config, int | None, list[str]]:
-    """(the configuration with its vocabulary, training tokens where the data is prepared, notes on what is not known)."""
-    from data.tokens import load_dataset, padded_vocab_size
+    """(the configuration with its vocabulary, training tokens where the data is prepared, notes on what is not known).
+
+    Raises UserError for a vocabulary that the data goes beyond.
+    """
+    from data.tokens import load_dataset
 
     notes, train_tokens, vocab_size = [], None, cfg.model.vocab_size
     try:
         dataset = load_dataset(cfg.data, cfg.model.block_size)
-        train_tokens, vocab_size = len(dataset.train), vocab_size or padded_vocab_size(dataset.vocab_size)
     except UserError as error:
         notes.append(f"epochs are not known: {error}")
+    else:
+        train_tokens, vocab_size = len(dataset.train), dataset.embedding_rows(vocab_size)
     if not vocab_size:
         vocab_size = UNKNOWN_VOCABULARY
         notes.append(f"the vocabulary is not known either and counts as {vocab_size:,} entries, GPT-2's")
@@ -113,8 +123,13 @@ def with_data(cfg: Config) -> tuple[Config, int | None, list[str]]:
 
 
 def dtype_on(name: str, dtype: str) -> Precision:
-    """The arithmetic of a run on that GPU: what dtype=auto is there; float32's products are made in TF32 where there is one."""
+    """The arithmetic of a run on that GPU: what dtype=auto is there; float32's products are made in TF32 where there is one.
+
+    Raises UserError for bfloat16 on a GPU without it.
+    """
     gpu = next(gpu for gpu in PEAKS if name in gpu.device_names)
+    if dtype == "bfloat16" and not gpu.bfloat16:
+        raise UserError(f"--dtype: {name} has no bfloat16; pass --dtype=float16")
     if dtype == "auto":
         return "bfloat16" if gpu.bfloat16 else "float16"
     return "tf32" if dtype == "float32" and gpu.tf32 else dtype
@@ -128,18 +143,19 @@ def memory_table(cfg: Config, dtype: Precision, gpus: int, memory_gib: float) ->
         f"memory of each GPU in GiB, for a compiled model; {usable_gib:.1f} of {memory_gib:g} GiB are usable",
         f"{'':6s}{''.join(f'{name:>{len(name) + 3}s}' for name in names)}   fits  largest batch_size",
     ]
-    for strategy in STRATEGIES:
+    for strategy in strategies_of(gpus):
         use, largest = predict_memory(cfg, dtype, strategy, gpus), largest_batch(cfg, dtype, strategy, gpus, usable_gib)
         figures = (f"{value / GIB:{len(name) + 3}.2f}" for name, value in zip(names, vars(use).values(), strict=True))
         lines.append(f"{strategy:6s}{''.join(figures)}   {'yes' if largest >= cfg.data.batch_size else 'no':4s}  {largest}")
     chosen = first_that_fits(cfg, dtype, gpus, memory_gib)
-    if chosen and gpus > 1:
+    if chosen and gpus > 1 and cfg.parallel.asked == "auto":
         lines.append(f"parallel=auto takes {chosen}")
     if not chosen:
         recomputed = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, gradient_checkpointing=True))
-        peak_gib = predict_memory(recomputed, dtype, "fsdp", gpus).peak / GIB
+        last = strategies_of(gpus)[-1]
+        peak_gib = predict_memory(recomputed, dtype, last, gpus).peak / GIB
         lines.append(
-            f"what needs less: a smaller --batch_size; --gradient_checkpointing ({peak_gib:.2f} GiB with fsdp); more GPUs"
+            f"what needs less: a smaller --batch_size; --gradient_checkpointing ({peak_gib:.2f} GiB with {last}); more GPUs"
         )
     return lines
 
@@ -183,7 +199,7 @@ def start_section(cfg: Config, train_tokens: int, peak: float | None, dtype: Pre
     """The start report's share of the plan; `gpus` is 0 on a CPU, whose memory is not predicted."""
     figures = outlook(cfg, train_tokens, peak)
     section = {name: figures[name] for name in ("tokens", "assumed_mfu_percent", "hours", "expected_loss")}
-    for strategy in STRATEGIES if gpus > 1 else STRATEGIES[:gpus]:
+    for strategy in strategies_of(gpus) if gpus else ():
         use = {name.replace("_", " "): value / GIB for name, value in vars(predict_memory(cfg, dtype, strategy, gpus)).items()}
         section[f"{strategy}_gib" if gpus > 1 else "memory_gib"] = ", ".join(f"{name} {gib:.2f}" for name, gib in use.items())
     return section

@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from configurator import Config, RunConfig
-from memory import GIB, first_that_fits, predict_memory
+from memory import GIB, first_that_fits, predict_memory, strategies_of
 from parallel import Ranks
 from plan import UNKNOWN_VOCABULARY
 
@@ -103,29 +103,37 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def out_of_memory_help(cfg: Config, error: RuntimeError | MemoryError) -> str:
     """Where the memory goes, and the knobs that need less. The vocabulary may still be unknown: then it counts as GPT-2's."""
-    on_gpu, batch_size = isinstance(error, torch.OutOfMemoryError), cfg.data.batch_size
+    on_gpu = isinstance(error, torch.OutOfMemoryError)
     vocab_size = cfg.model.vocab_size or UNKNOWN_VOCABULARY
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
     dtype = cfg.run.dtype if cfg.run.dtype != "auto" else "bfloat16" if on_gpu else "float32"
     ranks, strategy = int(os.environ.get("WORLD_SIZE", "1")), cfg.parallel.asked  # torchrun's: the ranks may not have met yet
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else math.inf
     if strategy == "auto":
-        strategy = first_that_fits(cfg, dtype, ranks, memory / GIB) or "fsdp"
+        strategy = first_that_fits(cfg, dtype, ranks, memory / GIB) or strategies_of(ranks)[-1]
     rows = {name.replace("_", " "): value for name, value in vars(predict_memory(cfg, dtype, strategy, ranks)).items()}
     if on_gpu:
         rows |= {"measured peak": torch.cuda.max_memory_allocated(), "memory of the GPU": memory}
-    half = max(1, batch_size // 2)
-    more = math.ceil(cfg.data.gradient_accumulation_steps * batch_size / half)
     return "\n".join(
         [
             f"out of memory: {(str(error) or 'MemoryError').splitlines()[0]}",
             f"What a compiled step is predicted to need, {ranks} x {strategy}:",
             *(f"  {name:20s} {value / GIB:10.2f} GiB" for name, value in rows.items()),
             *(write_snapshot(Path(cfg.run.out_dir) / SNAPSHOT) if on_gpu else []),
-            f"What needs less: --batch_size={half} --gradient_accumulation_steps={more} (the same tokens a step), "
-            f"--gradient_checkpointing, a shorter --block_size (now {cfg.model.block_size:,}), fewer or narrower layers",
+            f"What needs less: {', '.join(what_needs_less(cfg))}",
         ]
     )
+
+
+def what_needs_less(cfg: Config) -> list[str]:
+    """What to type; a smaller micro-batch divides the present one, so that a step has the same tokens and ranks can share it."""
+    size, steps, advice = cfg.data.batch_size, cfg.data.gradient_accumulation_steps, []
+    if size > 1:
+        smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+        advice.append(f"--batch_size={smaller} --gradient_accumulation_steps={steps * size // smaller} (the same tokens a step)")
+    if not cfg.model.gradient_checkpointing:
+        advice.append("--gradient_checkpointing")
+    return [*advice, f"a shorter --block_size (now {cfg.model.block_size:,})", "fewer or narrower layers"]
 
 
 def write_snapshot(path: Path) -> list[str]:

@@ -116,6 +116,12 @@ class Dataset:
         """Bits per byte = loss in nats / ln 2 / this. End-of-text ids count as tokens of no bytes."""
         return self.manifest.val.bytes / self.manifest.val.tokens if self.manifest else None
 
+    def embedding_rows(self, asked: int) -> int:
+        """The model's vocab_size: as asked, 0 for the dataset's, padded. Raises UserError where ids would lie beyond it."""
+        if 0 < asked < self.vocab_size:
+            raise UserError(f"--vocab_size={asked}: {self.name} has {self.vocab_size:,} ids; pass at least that, or 0")
+        return asked or padded_vocab_size(self.vocab_size)
+
     def fingerprint(self) -> dict[str, Any]:
         """What must be unchanged when a run is resumed; a value of None is not known."""
         return {

@@ -122,7 +122,7 @@ def test_without_a_name_the_gpu_of_this_machine(tmp_path: Path, monkeypatch: pyt
     assert plan.find_gpu("") == "L40S"
 
 
-@pytest.mark.parametrize("name", ["TPU", "H2000"])
+@pytest.mark.parametrize("name", ["TPU", "H2000", "1", "100"])
 def test_unknown_gpu(name):
     with pytest.raises(UserError, match=rf"--gpu={name}: .*known are .*H200.*T4") as error:
         planned(f"--gpu={name}")
@@ -137,6 +137,38 @@ def test_a_mistyped_gpu_is_told_the_nearest():
 def test_gpus_that_do_not_share_the_micro_steps_evenly():
     with pytest.raises(UserError, match="nearest: --gradient_accumulation_steps=15 and 18"):
         planned("--num_gpus=3")
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_shards_that_do_not_divide_the_gpus(size):
+    near = {3: "2 and 4", 8: "4"}[size]
+    with pytest.raises(UserError, match=f"--hsdp_shard_size={size} does not divide --num_gpus=4; the nearest that do: {near}$"):
+        planned("--num_gpus=4", f"--hsdp_shard_size={size}")
+
+
+@pytest.mark.parametrize(("gpus", "rows"), [(1, ["ddp"]), (2, ["ddp", "zero1", "fsdp"])])
+@pytest.mark.parametrize("gpu", ["H200", "T4"])
+def test_only_what_so_many_gpus_can_run_has_a_row(gpus, rows, gpu):
+    text = planned(f"--num_gpus={gpus}", f"--gpu={gpu}")
+    assert re.findall(r"^(ddp|zero1|fsdp) ", text, flags=re.M) == rows
+    assert ("fsdp" in text) == (gpus > 1)
+
+
+@pytest.mark.parametrize(("asked", "says"), [("auto", True), ("fsdp", False), ("ddp", False)])
+def test_what_auto_takes_is_said_where_auto_is_asked_for(asked, says):
+    assert ("parallel=auto takes ddp" in planned("--num_gpus=4", f"--parallel={asked}")) == says
+
+
+def test_a_dtype_that_the_gpu_has_not():
+    with pytest.raises(UserError, match="Tesla T4 has no bfloat16; pass --dtype=float16"):
+        planned("--gpu=T4", "--dtype=bfloat16")
+    assert "1 x Tesla T4, float16" in planned("--gpu=T4", "--dtype=auto")
+
+
+def test_a_vocabulary_that_the_data_goes_beyond(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "words", "the cat sat on a mat " * 500, "one dog ran " * 300)
+    with pytest.raises(UserError, match="--vocab_size=3: words has 13 ids; pass at least that, or 0"):
+        planned(f"--data_dir={tmp_path}", "--dataset=words", "--vocab_size=3")
 
 
 def test_the_start_report_has_the_plan(tmp_path: Path) -> None:

@@ -59,6 +59,19 @@ def test_what_a_step_needs_when_memory_runs_out():
     assert "--batch_size=4 --gradient_accumulation_steps=32" in text
 
 
+@pytest.mark.parametrize(
+    ("knobs", "advice"),
+    [
+        ("--batch_size=1 --gradient_accumulation_steps=40", "What needs less: --gradient_checkpointing"),
+        ("--batch_size=5 --gradient_accumulation_steps=8", "What needs less: --batch_size=1 --gradient_accumulation_steps=40 "),
+        ("--batch_size=9 --gradient_accumulation_steps=4", "What needs less: --batch_size=3 --gradient_accumulation_steps=12 "),
+        ("--batch_size=1 --gradient_checkpointing", "What needs less: a shorter --block_size"),
+    ],
+)
+def test_what_needs_less_is_the_same_step(knobs, advice):
+    assert advice in out_of_memory_help(load_config(knobs.split()), MemoryError("no room"))
+
+
 def test_other_errors_stay_what_they_are():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
