@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     cfg = load_section(argv, HellaswagConfig)
     with ExitStack() as stack, ending_together(lambda error: error):
         ranks = start_ranks(RunConfig(device=cfg.device), ParallelConfig(), stack)
-        items = ranks.agree(lambda: read_items(find_source(cfg.source)))[: cfg.limit or None]
+        items = ranks.agree(lambda: read_items(find_source(cfg.source, "--source")))[: cfg.limit or None]
         source = open_pretrained(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from, cfg.checkpoint, cfg.data_dir)
         questions = tokenize(items, source.load_tokenizer(), source.cfg.block_size, prefix_of(source))
         ops, _ = kernels.choose(vars(KernelConfig()), ranks.device.type)
@@ -77,12 +77,12 @@ class Item:
     label: int  # of the right one
 
 
-def find_source(source: str) -> Path:
-    """The file that holds the items; without a name the validation set, downloaded once. Raises UserError."""
+def find_source(source: str, flag: str = "--hellaswag_source") -> Path:
+    """The file that holds the items; without a name the validation set, downloaded once. Raises UserError naming the flag."""
     if not source:
-        return download_once(URL, DOWNLOADED)
+        return download_once(URL, DOWNLOADED, flag)
     if not Path(source).is_file():
-        raise UserError(f"--source={source}: there is no such file")
+        raise UserError(f"{flag}={source}: there is no such file")
     return Path(source)
 
 
@@ -90,7 +90,7 @@ def read_items(path: Path) -> list[Item]:
     """The items of a file as HellaSwag publishes them, one JSON object a line. Raises UserError naming the line."""
     items = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 items.append(parse_item(line, f"{path}:{number}"))
     except (OSError, UnicodeDecodeError) as error:
@@ -142,6 +142,8 @@ class Questions:
 
 def prefix_of(source: Pretrained) -> list[int]:
     """What a text begins with for a model that others have trained, such as LLaMA's <s>; empty for ours."""
+    if not source.is_foreign:
+        return []
     return source.encode_prompt("a")[: -len(source.load_tokenizer().encode("a"))]
 
 

@@ -64,7 +64,7 @@ def texts_to_continue(cfg: SampleConfig) -> list[str]:
         text = Path(cfg.prompt_file or cfg.start.removeprefix("FILE:")).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag}: cannot read the file: {error}") from None
-    texts = [line for line in text.splitlines() if line] if cfg.prompt_file else [text]
+    texts = [line for line in text.split("\n") if line] if cfg.prompt_file else [text]
     if not texts:
         raise UserError(f"{flag}: the file has no line of text")
     return texts

@@ -143,14 +143,17 @@ def web_text(url: str, path: Path, val_fraction: float) -> FileSource:
     return FileSource(url, [(path.name, download_once(url, path))], val_fraction)
 
 
-def download_once(url: str, path: Path) -> Path:
-    """`path`, which has the contents of `url` from the first time on. Raises UserError where they cannot be downloaded."""
+def download_once(url: str, path: Path, flag: str = "--source") -> Path:
+    """`path`, which has the contents of `url` from the first time on.
+
+    Raises UserError, which names the flag that takes a copy, where they cannot be downloaded.
+    """
     if not path.exists():
         try:
             with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT_S) as response:
                 contents = response.read()
         except (OSError, HTTPException) as error:
-            raise UserError(f"cannot download {url}: check the network, or pass --source with a local copy\n({error})") from error
+            raise UserError(f"cannot download {url}: check the network, or pass {flag} with a local copy\n({error})") from error
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_bytes(contents)

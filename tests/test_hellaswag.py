@@ -25,6 +25,7 @@ from data.tokenizer import CharacterTokenizer
 from hellaswag import clean, log_likelihoods, parse_item, read_items, score_of, tokenize
 from model import Transformer
 from parallel import Ranks
+from pretrained import Pretrained
 from tiny_runs import Runs, tiny_text, write_dataset
 
 ITEM = {
@@ -119,6 +120,29 @@ def test_a_prefix_belongs_to_the_context(block_size):
     plain, prefixed = (tokenize(parsed, tokenizer, block_size, prefix).all for prefix in ((), (7, 8)))
     assert [q.endings for q in prefixed] == [q.endings for q in plain]
     assert [q.context for q in prefixed] == [([7, 8, *q.context] if block_size == 100 else q.context) for q in plain]
+
+
+def test_a_line_ends_at_a_line_break_only(tmp_path):
+    """JSON may hold the other characters at which Python splits lines."""
+    endings = ["one\u2028two", "three\x85four", "five\u2029six", "seven"]
+    (tmp_path / "items.jsonl").write_text((json.dumps(ITEM | {"endings": endings}, ensure_ascii=False) + "\r\n") * 2)
+    assert [item.endings for item in read_items(tmp_path / "items.jsonl")] == [endings, endings]
+
+
+def test_a_run_of_ours_begins_a_text_with_nothing():
+    """Its characters need not include the letter that a prefix is found with."""
+    tokenizer = CharacterTokenizer.of_texts(["xyz"])
+    ours = Pretrained("a test", ModelConfig(), lambda name: None, lambda: tokenizer)
+    assert hellaswag.prefix_of(ours) == []
+
+
+@pytest.mark.parametrize("flags", [("--source",), ()])
+@pytest.mark.parametrize("source", ["", "nowhere.jsonl"])
+def test_the_flag_that_is_named_is_the_commands_own(flags, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:9/items.jsonl")
+    monkeypatch.setattr(hellaswag, "DOWNLOADED", tmp_path / "items.jsonl")
+    with pytest.raises(UserError, match=rf"(^| ){(flags or ('--hellaswag_source',))[0]}( with a local copy|=nowhere.jsonl: )"):
+        hellaswag.find_source(source, *flags)
 
 
 def test_an_ending_that_does_not_fit():
@@ -217,7 +241,7 @@ def test_two_ranks_share_the_items_out(trained: Path, capsys: pytest.CaptureFixt
     ("flags", "says"),
     [
         (["--source=nowhere.jsonl"], "--source=nowhere.jsonl: there is no such file"),
-        (["--out_dir=nowhere"], "nowhere"),
+        (["--out_dir=nowhere"], "nowhere: there is no such file or folder, and the Hugging Face hub does not give it"),
         (["--limti=3"], "did you mean 'limit'?"),
     ],
 )
