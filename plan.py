@@ -41,7 +41,7 @@ def plan_text(cfg: Config) -> str:
     """Raises UserError: a GPU that is not in the table, ranks that do not divide the micro-steps, weights that are not there."""
     gpus, name = cfg.plan.num_gpus, find_gpu(cfg.plan.gpu)
     check_division(cfg, gpus)
-    cfg, _ = with_pretrained(cfg)
+    cfg, _ = with_pretrained(cfg, needs_weights=False)
     cfg, train_tokens, notes = with_data(cfg)
     m, dtype = cfg.model, dtype_on(name, cfg.run.dtype)
     peak = peak_tflops(name, dtype)

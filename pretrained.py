@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kernels import Operations
     from model import Transformer
 
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,21 @@ class Pretrained:
         return replace(self, cfg=replace(self.cfg, block_size=block_size), read=read)
 
 
-def open_pretrained(source: str, which: str = "best", data_dir: str = "") -> Pretrained:
+def open_pretrained(source: str, which: str = "best", data_dir: str = "", needs_weights: bool = True) -> Pretrained:
     """The model that `source` names; a local folder or file goes before the hub.
 
     Of an out_dir `which` names the checkpoint (best falls back to latest), and `data_dir` the folder that holds the run's
-    dataset, for its tokenizer; empty takes the run's own. Raises UserError.
+    dataset, for its tokenizer; empty takes the run's own. Weights that are not needed are not downloaded. Raises UserError.
     """
     path = Path(source)
-    if path.is_file():
-        return _of_nanogpt(path, data_dir)
     if path.is_dir() and not (path / CONFIG).is_file():
         return _of_checkpoint(path, which, data_dir)
-    return _of_folder(path if path.is_dir() else _download(source), source)
+    if which != "best":
+        raise UserError(f"--checkpoint={which}: {source} is a model by itself, without checkpoints; leave it out")
+    if path.is_file():
+        return _of_nanogpt(path, data_dir)
+    folder = path if path.is_dir() else _download(source, HUB_FILES if needs_weights else (CONFIG,))
+    return _of_folder(folder, source, needs_weights)
 
 
 def load_model(pretrained: Pretrained, device: torch.device, dtype: torch.dtype, ops: Operations | None = None) -> Transformer:
@@ -101,14 +104,14 @@ def load_weights(
             put(parameter, pretrained.read(name))
 
 
-def with_pretrained(cfg: Config) -> tuple[Config, Pretrained | None]:
+def with_pretrained(cfg: Config, needs_weights: bool = True) -> tuple[Config, Pretrained | None]:
     """(the configuration with the model's shape as `init_from`'s weights have it, those weights); as it is where there are none.
 
     `block_size` may be less than theirs. Raises UserError, also where another knob of the model was given another value.
     """
     if not cfg.checkpoint.pretrained:
         return cfg, None
-    pretrained = open_pretrained(cfg.checkpoint.pretrained)
+    pretrained = open_pretrained(cfg.checkpoint.pretrained, needs_weights=needs_weights)
     given = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") != "default"}
     if "block_size" in given:
         pretrained = pretrained.cropped(cfg.model.block_size)
@@ -185,17 +188,18 @@ def _tokenizer_of_run(checkpoint: Checkpoint, data_dir: str) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path, name: str) -> Pretrained:
+def _of_folder(folder: Path, name: str, needs_weights: bool) -> Pretrained:
     config = _read_config(folder)
     model_type, cfg = model_config(config, str(folder / CONFIG))
     shapes = parameter_shapes(cfg)
-    tensors, files = list(layout(READ_AS[model_type], cfg, config)), TensorFolder(folder)
-    files.check(tensors)
+    tensors, files = list(layout(READ_AS[model_type], cfg, config)), cache(partial(TensorFolder, folder))
+    if needs_weights:
+        files().check(tensors)
 
     def read(parameter: str) -> torch.Tensor:
         import torch
 
-        found = ours_from_theirs(parameter, tensors, files.read)
+        found = ours_from_theirs(parameter, tensors, files().read)
         return torch.zeros(shapes[parameter]) if found is None else found
 
     return Pretrained(name, cfg, read, cache(partial(_tokenizer_of_folder, folder, cfg.vocab_size)), is_foreign=True)
@@ -225,14 +229,14 @@ def _tokenizer_of_folder(folder: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _download(name: str) -> Path:
-    """The folder of a model of the hub, in the cache of Hugging Face's libraries. Raises UserError."""
+def _download(name: str, patterns: Sequence[str]) -> Path:
+    """The folder of a model of the hub, in the cache of Hugging Face's libraries, with these files of it. Raises UserError."""
     go_offline_without_network()
     import huggingface_hub  # reads at import whether it is offline
 
     repository = f"openai-community/{name}" if name in GPT2_MODELS else name
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
     except Exception as error:  # its own errors, those of its HTTP client, the disk's
         cause = str(error).strip().split("\n")[0][:200]
         raise UserError(

@@ -280,6 +280,37 @@ def test_a_plan_is_of_the_weights_sizes(runs):
     assert plan.startswith(f"{CFG.architecture}: {count_parameters(CFG).total:,} parameters")
 
 
+def test_a_plan_needs_no_weights(tmp_path, monkeypatch):
+    """A name of the hub: only its config.json is asked for."""
+    write_folder(tmp_path / "hf")
+    (tmp_path / "hf" / TENSORS).unlink()
+    asked = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, allow_patterns))
+        return str(tmp_path / "hf")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("pretrained.go_offline_without_network", lambda: None)
+    assert f"{count_parameters(CFG).total:,} parameters" in plan_text(
+        load_config(["--init_from=gpt2-xl", f"--data_dir={tmp_path}"])
+    )
+    assert asked == [("openai-community/gpt2-xl", ["config.json"])]
+    with pytest.raises(UserError, match=r"has no model\.safetensors"):
+        open_pretrained("gpt2-xl")
+    assert "*.safetensors" in asked[-1][1]
+
+
+@pytest.mark.parametrize("source", ["hf", "ckpt.pt"])
+def test_a_model_by_itself_has_no_checkpoints(tmp_path, source):
+    write_folder(tmp_path / "hf")
+    write_nanogpt(tmp_path / "ckpt.pt", GPTConfig())
+    with pytest.raises(
+        UserError, match=f"--checkpoint=latest: .*{source} is a model by itself, without checkpoints; leave it out"
+    ):
+        open_pretrained(str(tmp_path / source), "latest")
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "fsdp"])
 def test_ranks_share_the_weights(runs, tmp_path, strategy):
     """Two ranks start from a folder, and what they save is exported as the same folder again."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sample
 import train
 from checkpoint import find_checkpoint
-from configurator import UserError
+from configurator import SampleConfig, UserError
 from data.tokenizer import Tokenizer, open_tokenizer, train_bpe
 from hf_convert import export_model
 from pretrained import load_model, open_pretrained
@@ -109,6 +109,18 @@ def test_every_line_of_a_prompt_file_is_continued(out_dir, tmp_path, capsys):
     texts = run(capsys, out_dir, f"--prompt_file={tmp_path / 'prompts.txt'}", "--num_samples=2", "--max_new_tokens=9")
     assert [len(text) for text in texts.split(SEPARATOR)] == [14, 14, 16, 16, 0]
     assert [text[:5] for text in texts.split(SEPARATOR)[:4]] == ["the c", "the c", "one d", "one d"]
+
+
+def test_a_prompt_may_hold_what_ends_a_line_elsewhere(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\u2028two\x0cthree\x85\nfour\r\n", encoding="utf-8")
+    cfg = SampleConfig(prompt_file=str(tmp_path / "prompts.txt"))
+    assert sample.texts_to_continue(cfg) == ["one\u2028two\x0cthree\x85", "four"]
+
+
+def test_a_folder_has_no_checkpoint_to_choose(out_dir, tmp_path):
+    export_model(open_pretrained(str(out_dir)), tmp_path / "hf", "float32", 10**9)
+    with pytest.raises(UserError, match=r"--checkpoint=nonsense: .*hf is a model by itself"):
+        sample.main([f"--init_from={tmp_path / 'hf'}", "--checkpoint=nonsense", "--device=cpu"])
 
 
 def tokenizer_of(kind: str) -> Tokenizer:
