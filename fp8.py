@@ -46,17 +46,15 @@ class Arithmetic:
     emulated: bool
     ops: Operations
 
-    def round(
-        self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor | None, stats: Tensor, out: Quantized | None = None
-    ) -> Quantized:
-        """x (M, K) in an FP8 dtype, scaled by the recipe; a weight has no delayed scale, because it is rounded once a step."""
+    def round(self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor | None, stats: Tensor) -> Quantized:
+        """x (M, K) in an FP8 dtype, scaled by the recipe; a weight has no delayed scale."""
         if self.recipe == "block":
             scale = None
         elif delayed_scale is None or self.recipe == "current":
             scale = scale_of(torch.linalg.vector_norm(x, torch.inf), dtype, self.margin, 1.0)
         else:
             scale = delayed_scale
-        return self.ops.quantize(x, dtype, scale, stats, out)
+        return self.ops.quantize(x, dtype, scale, stats)
 
     def multiply(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
         """a b^T of rounded matrices (M, K) and (N, K), each with its inverse scales -> (M, N).
@@ -83,54 +81,62 @@ def scale_of(amax: Tensor, dtype: torch.dtype, margin: int, otherwise: float) ->
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, otherwise)
 
 
+class Operands(NamedTuple):
+    """What the products of a layer need beside its weight."""
+
+    copies: Quantized | None  # of the weight; None where it is sharded, and rounded whenever it has been gathered
+    scale_x: Tensor  # delayed scales, ()
+    scale_dy: Tensor
+    stats_x: Tensor  # what rounding has met in this step, (4,) each
+    stats_w: Tensor
+    stats_dy: Tensor
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, copies, scale_x, scale_dy, stats_x, stats_w, stats_dy, arithmetic):
-        rounded = arithmetic.round(x, E4M3, scale_x, stats_x)
-        w = copies or arithmetic.round(weight, E4M3, None, stats_w)
-        ctx.save_for_backward(rounded.columns, rounded.columns_inverse, scale_dy, *(copies[2:] if copies else (weight,)))
-        ctx.stats_w, ctx.stats_dy, ctx.arithmetic = stats_w, stats_dy, arithmetic
-        ctx.dtypes = x.dtype, weight.dtype
+    def forward(ctx: Any, x: Tensor, weight: Tensor, own: Operands, arithmetic: Arithmetic) -> Tensor:
+        rounded = arithmetic.round(x, E4M3, own.scale_x, own.stats_x)
+        w = own.copies or arithmetic.round(weight, E4M3, None, own.stats_w)
+        ctx.save_for_backward(*rounded[2:], *(() if own.copies else (weight,)))
+        ctx.own, ctx.arithmetic, ctx.dtypes = own, arithmetic, (x.dtype, weight.dtype)
         return arithmetic.multiply(rounded[:2], w[:2], arithmetic.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx, dy):
-        x, x_inverse, scale_dy, *w = ctx.saved_tensors
-        arithmetic = ctx.arithmetic
-        if len(w) == 1:  # a shard that was gathered for the backward pass: its rounded copy was not kept meanwhile
-            w = arithmetic.round(w[0], E4M3, None, ctx.stats_w)[2:]
-        rounded = arithmetic.round(dy, E5M2, scale_dy, ctx.stats_dy)
-        dx = arithmetic.multiply(rounded[:2], w, ctx.dtypes[0])
-        dw = arithmetic.multiply(rounded[2:], (x, x_inverse), ctx.dtypes[1])
-        return dx, dw, *[None] * 7
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        own, arithmetic, saved = ctx.own, ctx.arithmetic, ctx.saved_tensors
+        w = own.copies or arithmetic.round(saved[2], E4M3, None, own.stats_w)
+        rounded = arithmetic.round(dy, E5M2, own.scale_dy, own.stats_dy)
+        dx = arithmetic.multiply(rounded[:2], w[2:], ctx.dtypes[0])
+        return dx, arithmetic.multiply(rounded[2:], saved[:2], ctx.dtypes[1]), None, None
 
 
 class Fp8Linear(nn.Linear):
     """A linear layer whose products run in FP8 while it is in training."""
 
     def attach(self, arithmetic: Arithmetic, scales: tuple[float, float], device: torch.device) -> None:
-        """`scales`: those of the first step for activations and gradients. What is sharded gets no rounded copy to keep."""
-        self.arithmetic, self.copies = arithmetic, None
-        self.scale_x, self.scale_dy = (torch.tensor(scale, device=device) for scale in scales)
-        self.stats_x, self.stats_w, self.stats_dy = torch.zeros(3, 4, dtype=torch.int64, device=device).clone().unbind()
+        """`scales`: those of the first step for activations and gradients."""
+        self.arithmetic = arithmetic
+        first = (torch.tensor(scale, device=device) for scale in scales)
+        self.own = Operands(None, *first, *(torch.zeros(4, dtype=torch.int64, device=device) for _ in CLASSES))
 
-    def round_weight(self) -> None:
+    def round_weight(self, scale: Tensor | None) -> None:
         """Into the same memory each time, where a CUDA graph finds it."""
-        self.copies = self.arithmetic.round(self.weight.detach(), E4M3, None, self.stats_w, self.copies)
+        copies = self.arithmetic.ops.quantize(self.weight.detach(), E4M3, scale, self.own.stats_w, self.own.copies)
+        if self.own.copies is None:
+            self.own = self.own._replace(copies=copies)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        own = self.copies, self.scale_x, self.scale_dy, self.stats_x, self.stats_w, self.stats_dy, self.arithmetic
-        y = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, *own).view(*x.shape[:-1], -1)
+        y = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.own, self.arithmetic).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """out(swiglu(up(x))), where what lies between the two products is rounded as it is made; the formulas are _Product's."""
+    """out(swiglu(up(x))), where what lies between the two products is rounded as it is made; otherwise as two _Products."""
 
     @staticmethod
-    def forward(ctx, x, w_up, w_out, up, out, arithmetic):
+    def forward(ctx: Any, x: Tensor, w_up: Tensor, w_out: Tensor, up: Operands, out: Operands, arithmetic: Arithmetic) -> Tensor:
         rounded = arithmetic.round(x, E4M3, up.scale_x, up.stats_x)
         gate_up = arithmetic.multiply(rounded[:2], up.copies[:2], arithmetic.dtype, fast=True)
         hidden = arithmetic.ops.swiglu_quantize(gate_up, E4M3, out.scale_x, out.stats_x)
@@ -139,25 +145,15 @@ class _SwiGLU(torch.autograd.Function):
         return arithmetic.multiply(hidden[:2], out.copies[:2], arithmetic.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx, dy):
-        gate_up, *saved = ctx.saved_tensors
-        x, hidden, arithmetic, up, out = saved[:2], saved[2:], ctx.arithmetic, ctx.up, ctx.out
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        up, out, arithmetic, (gate_up, *saved) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
+        x, hidden = saved[:2], saved[2:]
         rounded = arithmetic.round(dy, E5M2, out.scale_dy, out.stats_dy)
         d_hidden = arithmetic.multiply(rounded[:2], out.copies[2:], gate_up.dtype)
         dw_out = arithmetic.multiply(rounded[2:], hidden, torch.float32)
         rounded = arithmetic.ops.swiglu_backward_quantize(gate_up, d_hidden, E5M2, up.scale_dy, up.stats_dy)
         dx = arithmetic.multiply(rounded[:2], up.copies[2:], ctx.dtype)
         return dx, arithmetic.multiply(rounded[2:], x, torch.float32), dw_out, None, None, None
-
-
-class Operands(NamedTuple):
-    """What a product of two in one function needs of a layer."""
-
-    copies: Quantized
-    scale_x: Tensor
-    scale_dy: Tensor
-    stats_x: Tensor
-    stats_dy: Tensor
 
 
 class Fp8SwiGLU(nn.Module):
@@ -168,13 +164,11 @@ class Fp8SwiGLU(nn.Module):
         self.activation, self.up, self.out = ffn.activation, ffn.up, ffn.out
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.up.copies is None:  # sharded weights are rounded when they are needed
-            return self.out(self.activation(self.up(x)))
-        up, out = (
-            Operands(layer.copies, layer.scale_x, layer.scale_dy, layer.stats_x, layer.stats_dy) for layer in (self.up, self.out)
-        )
-        y = _SwiGLU.apply(x.reshape(-1, x.shape[-1]), self.up.weight, self.out.weight, up, out, self.up.arithmetic)
-        return y.view(x.shape)
+        up, out = self.up, self.out
+        if not self.training or up.own.copies is None:
+            return out(self.activation(up(x)))
+        rows = x.reshape(-1, x.shape[-1])
+        return _SwiGLU.apply(rows, up.weight, out.weight, up.own, out.own, up.arithmetic).view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,9 +217,21 @@ class Fp8:
     def begin_step(self) -> None:
         """Before the first micro-step: rounds the weights, and forgets what was counted."""
         if self.active:
-            torch._foreach_zero_([stats for linear in self.linears for stats in statistics_of(linear)])
-            for linear in self.linears if not self._sharded else ():
-                linear.round_weight()
+            torch._foreach_zero_(self.statistics())
+            if not self._sharded:
+                self.round_weights()
+
+    def round_weights(self) -> None:
+        scales: list[Tensor | None] = [None] * len(self.linears)
+        if self.cfg.fp8_recipe != "block":
+            amax = torch.stack(torch._foreach_norm([linear.weight.detach() for linear in self.linears], torch.inf))
+            scales = list(scale_of(amax, E4M3, self.cfg.fp8_margin, 1.0))
+        for linear, scale in zip(self.linears, scales, strict=True):
+            linear.round_weight(scale)
+
+    def statistics(self) -> list[Tensor]:
+        """Of each product, in the order of CLASSES."""
+        return [stats for linear in self.linears for stats in linear.own[3:]]
 
     @torch.no_grad()
     def finish_step(self, table: Callable[[Tensor, list[float]], Tensor]) -> Tensor:
@@ -234,8 +240,8 @@ class Fp8:
         `table` brings together what all ranks have measured, as Ranks.table. Without FP8 (0, 2).
         """
         if not self.active:
-            return torch.empty(0, 2)
-        stats = torch.stack([stats for linear in self.linears for stats in statistics_of(linear)]).view(-1, 3, 4)  # (L, 3, 4)
+            return self.history.new_empty(0, 2)
+        stats = torch.stack(self.statistics()).view(-1, 3, 4)  # (L, 3, 4)
         amax = stats[:, ::2, 0].to(torch.int32).view(torch.float32).flatten()  # (2 L,)
         counts = stats[..., 1:].sum(0).float()  # (3, 3)
         rows = table(torch.cat((amax, counts.flatten())), [])
@@ -253,17 +259,12 @@ class Fp8:
             return
         amax, margin = self.history.amax(0), self.cfg.fp8_margin  # (L, 2)
         x, dy = (scale_of(amax[:, i], dtype, margin, self.first_scales[i]) for i, dtype in enumerate((E4M3, E5M2)))
-        torch._foreach_copy_([linear.scale_x for linear in self.linears], list(x))
-        torch._foreach_copy_([linear.scale_dy for linear in self.linears], list(dy))
+        torch._foreach_copy_([linear.own.scale_x for linear in self.linears], list(x))
+        torch._foreach_copy_([linear.own.scale_dy for linear in self.linears], list(dy))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by name."""
         return {"fp8.amax_history": self.history} if self.active and self.cfg.fp8_recipe == "delayed" else {}
-
-
-def statistics_of(linear: Fp8Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """In the order of CLASSES."""
-    return linear.stats_x, linear.stats_w, linear.stats_dy
 
 
 def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Operations) -> tuple[Fp8, list[str]]:

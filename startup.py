@@ -421,7 +421,7 @@ def start_report(
             "steps": cfg.optim.max_iters,
             "parallel": parallel,
             "precision": products + (f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision),
-            **chosen_kernels,
+            **{knob: who for knob, who in chosen_kernels.items() if state.fp8.active or knob != "fp8_kernel"},
             "attention": attention_backend(cfg, ranks.device, dtype),
             "compile": cfg.run.compile,
             "cuda_graph": replays_graph(cfg, ranks),

@@ -130,7 +130,7 @@ def test_a_feed_forward_as_one_function_is_its_products_one_by_one() -> None:
     for got, want in zip(gradients, others, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     for mine, theirs in zip(fp8.linears, other_fp8.linears, strict=True):
-        torch.testing.assert_close(mine.stats_dy, theirs.stats_dy, rtol=1e-5, atol=2)
+        torch.testing.assert_close(mine.own.stats_dy, theirs.own.stats_dy, rtol=1e-5, atol=2)
 
 
 def test_which_products_run_in_fp8() -> None:
@@ -154,7 +154,7 @@ def test_weights_are_rounded_once_a_step() -> None:
     for _ in range(3):  # micro-steps
         backward(model)
     linear = fp8.linears[0]
-    assert linear.stats_w[3] == linear.weight.numel() and linear.stats_x[3] == 3 * 2 * 64 * 128
+    assert linear.own.stats_w[3] == linear.weight.numel() and linear.own.stats_x[3] == 3 * 2 * 64 * 128
 
 
 def test_evaluation_is_in_full_precision() -> None:
@@ -179,7 +179,7 @@ def test_compiled_products_count_and_round_as_plain_ones() -> None:
         loss = call(x)
         loss.backward()
         gradients = [x.grad, linear.weight.grad, ffn.up.weight.grad, ffn.out.weight.grad]
-        stats = [stats.clone() for layer in (linear, ffn.up, ffn.out) for stats in (layer.stats_x, layer.stats_dy)]
+        stats = [stats.clone() for layer in (linear, ffn.up, ffn.out) for stats in (layer.own.stats_x, layer.own.stats_dy)]
         outcomes.append([loss.detach(), *gradients, *stats])
     for plain, compiled in zip(*outcomes, strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=2e-2)
@@ -197,9 +197,9 @@ def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
     fp8.history = torch.zeros(2, len(fp8.linears), 2)
     linear, scales = fp8.linears[0], []
     for amax in (4.0, 2.0, 1.0, torch.nan, 0.0, 0.0):
-        linear.stats_x[0] = torch.tensor(amax).view(torch.int32).long()
+        linear.own.stats_x[0] = torch.tensor(amax).view(torch.int32).long()
         fp8.finish_step(table)
-        scales.append(linear.scale_x.item())
+        scales.append(linear.own.scale_x.item())
     first = fp8.first_scales[0]
     assert scales == [448 / 2 / 4, 448 / 2 / 4, 448 / 2 / 2, 448 / 2 / 1, first, first]
 
