@@ -161,9 +161,10 @@ def test_the_first_that_fits(memory_gib, strategy):
     assert first_that_fits(load_config(LLAMA), "bfloat16", 4, memory_gib) == strategy
 
 
-@pytest.mark.parametrize(("memory_gib", "strategy"), [(140, "ddp"), (44, None)])
+@pytest.mark.parametrize(("memory_gib", "strategy"), [(48, "ddp"), (46, None)])
 def test_one_gpu_has_nobody_to_share_with(memory_gib, strategy):
-    assert first_that_fits(load_config([*LLAMA, "--fsdp_reshard_after_forward=False"]), "bfloat16", 1, memory_gib) == strategy
+    """92 % of 46 GiB would do for fsdp, which needs fewer copies, but there is nothing to shard."""
+    assert first_that_fits(load_config(LLAMA), "bfloat16", 1, memory_gib) == strategy
 
 
 def test_gradients_of_an_earlier_micro_step_are_there_too():
