@@ -273,7 +273,7 @@ def load_tokenizer(dataset: Dataset) -> Tokenizer:
 def copy_tokenizer(dataset: Dataset, folder: Path) -> None:
     """Makes `folder` one that load_tokenizer takes in place of the dataset's, where that is not at hand.
 
-    Raises OSError; `folder` is then as it was.
+    What is there stays until the copy is whole. Raises OSError.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
