@@ -32,7 +32,8 @@ def show(args: argparse.Namespace) -> None:
 
     folder = args.file.parent.resolve()
     if not args.file.is_file():
-        raise UserError(how_to_prepare(folder))
+        is_prepared = (folder / "val.bin").is_file()
+        raise UserError(f"{args.file}: no such file; name train.bin or val.bin" if is_prepared else how_to_prepare(folder))
     data = Dataset.without_tokens(folder, read_meta(folder).get("vocab_size", GPT2_VOCAB_SIZE))
     tokens = open_tokens(args.file.resolve(), data.manifest, 1)
     tokenizer = load_tokenizer(data)

@@ -56,7 +56,7 @@ def test_a_file_without_a_manifest(folder):
     [
         (["val.bin", "--at=100000"], "val.bin has tokens 0 to"),
         (["val.bin", "--tokens=0"], "must be at least 1"),
-        (["nowhere.bin"], "has no train.bin and val.bin: "),
+        (["nowhere.bin"], "nowhere.bin: no such file; name train.bin or val.bin"),
         (["train.bin"], "it is torn or of another run"),
     ],
 )
