@@ -450,7 +450,7 @@ def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]])
     """Compares sections of a checkpoint's state ("model", "data") with this run's. UserError with a table of what differs.
 
     A model knob that the checkpoint does not know, because it is newer, had the value that is its default now. None is a value
-    that is not known (data without a manifest), and fits any.
+    that is not known (data without a manifest), and fits any. Of another dataset only the name is in the table.
     """
     rows, flags = [], []
     datasets = {sections["data"]["dataset"] for sections in (state, expected) if sections.get("data", {}).get("dataset")}
@@ -458,7 +458,7 @@ def check_compatible(state: dict[str, Any], expected: dict[str, dict[str, Any]])
         defaults, saved = vars(ModelConfig()) if section == "model" else {}, state.get(section, {})
         for knob in sorted(saved.keys() | values.keys()):
             before, now = saved.get(knob, defaults.get(knob, "(none)")), values.get(knob, "(none)")
-            of_dataset = knob == "vocab_size" or section == "data"  # where that is another, so is all that is known of it
+            of_dataset = knob == "vocab_size" or section == "data"
             if before == now or None in (before, now) or (len(datasets) == 2 and of_dataset and knob != "dataset"):
                 continue
             length = 8 if knob.endswith(("_hash", "_sha256")) else None
