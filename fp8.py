@@ -140,20 +140,20 @@ class _SwiGLU(torch.autograd.Function):
         rounded = arithmetic.round(x, E4M3, up.scale_x, up.stats_x)
         gate_up = arithmetic.multiply(rounded[:2], up.copies[:2], arithmetic.dtype, fast=True)
         hidden = arithmetic.ops.swiglu_quantize(gate_up, E4M3, out.scale_x, out.stats_x)
-        ctx.save_for_backward(gate_up, *rounded[2:], *hidden[2:])
+        ctx.save_for_backward(gate_up, *rounded[2:])
         ctx.up, ctx.out, ctx.arithmetic, ctx.dtype = up, out, arithmetic, x.dtype
-        return arithmetic.multiply(hidden[:2], out.copies[:2], arithmetic.dtype, fast=True)
+        return arithmetic.multiply((hidden, out.scale_x.reciprocal()), out.copies[:2], arithmetic.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        up, out, arithmetic, (gate_up, *saved) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
-        x, hidden = saved[:2], saved[2:]
-        rounded = arithmetic.round(dy, E5M2, out.scale_dy, out.stats_dy)
-        d_hidden = arithmetic.multiply(rounded[:2], out.copies[2:], gate_up.dtype)
-        dw_out = arithmetic.multiply(rounded[2:], hidden, torch.float32)
-        rounded = arithmetic.ops.swiglu_backward_quantize(gate_up, d_hidden, E5M2, up.scale_dy, up.stats_dy)
-        dx = arithmetic.multiply(rounded[:2], up.copies[2:], ctx.dtype)
-        return dx, arithmetic.multiply(rounded[2:], x, torch.float32), dw_out, None, None, None
+        up, out, arithmetic, (gate_up, *x) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
+        d = arithmetic.round(dy, E5M2, out.scale_dy, out.stats_dy)
+        d_hidden = arithmetic.multiply(d[:2], out.copies[2:], gate_up.dtype)
+        forward = E4M3, out.scale_x
+        d_up, hidden = arithmetic.ops.swiglu_backward_quantize(gate_up, d_hidden, E5M2, up.scale_dy, up.stats_dy, forward)
+        dw_out = arithmetic.multiply(d[2:], (hidden, out.scale_x.reciprocal()), torch.float32)
+        dx = arithmetic.multiply(d_up[:2], up.copies[2:], ctx.dtype)
+        return dx, arithmetic.multiply(d_up[2:], x, torch.float32), dw_out, None, None, None
 
 
 class Fp8SwiGLU(nn.Module):

@@ -52,20 +52,21 @@ def _count(stats, values, y, n_saturated, n_values):
 
 
 @triton.jit
-def _store(rows, columns, y, y_columns, m, k, inside, M, K):
-    tl.store(rows + m * K + k, y, inside)
-    tl.store(columns + tl.trans(k) * M + tl.trans(m), tl.trans(y_columns), tl.trans(inside))
+def store_columns(columns, y, m, k, inside, M):
+    tl.store(columns + tl.trans(k) * M + tl.trans(m), tl.trans(y), tl.trans(inside))
 
 
 @triton.jit
 def write_scaled(values, scale, rows, columns, stats, m, k, inside, M, K, n_values, LARGEST: tl.constexpr):
-    """A tile of float32 values with one scale, at rows m (R, 1) and columns k (1, C), int64, of (M, K): rounded, both ways round.
+    """Rounds a tile of float32 values, at rows m (R, 1) and columns k (1, C), int64, of (M, K), with one scale.
 
-    `values` is 0 outside of the matrix.
+    `values` is 0 outside of the matrix; `columns` may be None.
     """
     z = values * tl.load(scale)
     y = round_to(z, LARGEST, rows.dtype.element_ty)
-    _store(rows, columns, y, y, m, k, inside, M, K)
+    tl.store(rows + m * K + k, y, inside)
+    if columns is not None:
+        store_columns(columns, y, m, k, inside, M)
     _count(stats, values, y, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)), n_values)
 
 
@@ -100,7 +101,8 @@ def _kernel(
         y_columns = round_to(tl.div_rn(values, inverse_k), LARGEST, rows.dtype.element_ty)
         tl.store(rows_inverse + tl.program_id(1).to(tl.int64) * M + m, inverse_m, m < M)
         tl.store(columns_inverse + tl.program_id(0).to(tl.int64) * K + k, inverse_k, k < K)
-        _store(rows, columns, y, y_columns, m, k, inside, M, K)
+        tl.store(rows + m * K + k, y, inside)
+        store_columns(columns, y_columns, m, k, inside, M)
         _count(stats, values, y, tl.zeros((), tl.int32), n_values)
 
 

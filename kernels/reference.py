@@ -133,17 +133,23 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor,
     return out or result
 
 
-def swiglu_quantize(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Quantized:
-    """quantize(swiglu(gate_up)), rounded once: gate_up (M, 2F) -> (M, F)."""
-    return quantize(swiglu(gate_up.float()), dtype, scale, stats)
+def swiglu_quantize(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
+    """The rows of quantize(y) with y = swiglu(gate_up), rounded once: gate_up (M, 2F) -> (M, F)."""
+    return quantize(swiglu(gate_up.float()), dtype, scale, stats).rows
 
 
-def swiglu_backward_quantize(gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Quantized:
-    """quantize(the gradient of gate_up), rounded once: gate_up (M, 2F), dy (M, F) -> (M, 2F)."""
+def swiglu_backward_quantize(
+    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y: tuple[torch.dtype, Tensor]
+) -> tuple[Quantized, Tensor]:
+    """quantize(the gradient of gate_up), rounded once, and the columns of what swiglu_quantize gave with y's dtype and scale.
+
+    gate_up (M, 2F), dy (M, F) -> (M, 2F), (F, M).
+    """
     gate, up = gate_up.float().chunk(2, dim=-1)  # (M, F) each
     sigmoid, d = gate.sigmoid(), dy.float()
     gradient = torch.cat((d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid), dim=-1)
-    return quantize(gradient, dtype, scale, stats)
+    columns = _round(swiglu(gate_up.float()) * y[1], y[0]).t().contiguous()
+    return quantize(gradient, dtype, scale, stats), columns
 
 
 def _round(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,10 @@
 """SwiGLU whose result or gradient is rounded to FP8 on its way to memory: swiglu.py and quantize.py in one pass.
 
-    forward   reads gate_up, writes y's rows and columns: 2 x 2 + 1 + 1 = 6 bytes for an element of y instead of 10
-    backward  reads gate_up and dy, writes the rows and columns of d_gate_up: 2 x 2 + 2 + 2 + 2 = 10 bytes instead of 18
+    forward   reads gate_up, writes y's rows: 2 x 2 + 1 = 5 bytes for an element of y
+    backward  reads gate_up and dy, writes rows and columns of d_gate_up, and now y's columns: 2 x 2 + 2 + 2 + 2 + 1 = 11 bytes
 
-Values go to FP8 from float32, without the rounding to gate_up's dtype in between. One scale for a tensor.
+One after the other they move 28. The product behind y wants its columns in the backward pass only, where they cost no
+read: they are not kept meanwhile. Values go to FP8 from float32, without the rounding to gate_up's dtype in between.
 
 Legend: M rows, F width of gate, of up and of y.
 """
@@ -16,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.inputs import check_devices, check_dtypes
-from kernels.quantize import FP8_DTYPES, TILE, write_scaled
+from kernels.quantize import FP8_DTYPES, TILE, round_to, store_columns, write_scaled
 from kernels.reference import Quantized
 
 WARPS = 8
 
 
 @triton.jit
-def _forward_kernel(gate_up, scale, rows, columns, stats, M, F, stride, LARGEST: tl.constexpr, SIZE: tl.constexpr):
+def _forward_kernel(gate_up, scale, rows, stats, M, F, stride, LARGEST: tl.constexpr, SIZE: tl.constexpr):
     m = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]  # (SIZE, 1)
     k = tl.program_id(1) * SIZE + tl.arange(0, SIZE)[None, :]  # (1, SIZE)
     inside = (m < M) & (k < F)
@@ -32,15 +33,15 @@ def _forward_kernel(gate_up, scale, rows, columns, stats, M, F, stride, LARGEST:
     up = tl.load(gate_up + m * stride + F + k, inside, 0.0).to(tl.float32)
     is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     n_values = tl.where(is_first, tl.full((), 1, tl.int64) * M * F, 0)
-    write_scaled(gate * tl.sigmoid(gate) * up, scale, rows, columns, stats, m, k, inside, M, F, n_values, LARGEST)
+    write_scaled(gate * tl.sigmoid(gate) * up, scale, rows, None, stats, m, k, inside, M, F, n_values, LARGEST)
 
 
 @triton.jit
 def _backward_kernel(
-    gate_up, dy, scale, rows, columns, stats, M, F, stride, dy_stride,
-    LARGEST: tl.constexpr, SIZE: tl.constexpr,
+    gate_up, dy, scale, y_scale, rows, columns, y_columns, stats, M, F, stride, dy_stride,
+    LARGEST: tl.constexpr, Y_LARGEST: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Two tiles: what is F columns apart has the same inputs."""
+    """Three tiles: what is F columns apart has the same inputs, and so has y."""
     m = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]
     k = tl.program_id(1) * SIZE + tl.arange(0, SIZE)[None, :]
     inside = (m < M) & (k < F)
@@ -54,67 +55,74 @@ def _backward_kernel(
     d_gate, d_up = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid
     write_scaled(d_gate, scale, rows, columns, stats, m, k, inside, M, 2 * F, n_values, LARGEST)
     write_scaled(d_up, scale, rows, columns, stats, m, k + F, inside, M, 2 * F, n_values, LARGEST)
+    y = round_to(gate * sigmoid * up * tl.load(y_scale), Y_LARGEST, y_columns.dtype.element_ty)
+    store_columns(y_columns, y, m, k, inside, M)
 
 
 @torch.library.custom_op("nanotrain::swiglu_quantize", mutates_args=("stats",))
-def forward_op(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = forward_outputs(gate_up, dtype, scale, stats)
+def forward_op(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
+    rows = forward_output(gate_up, dtype, scale, stats)
     M, F = rows.shape
     grid, largest = (triton.cdiv(M, TILE), triton.cdiv(F, TILE)), torch.finfo(dtype).max
     with torch.cuda.device_of(gate_up):
-        _forward_kernel[grid](gate_up, scale, rows, columns, stats, M, F, gate_up.stride(0), largest, TILE, num_warps=WARPS)
-    return rows, columns
+        _forward_kernel[grid](gate_up, scale, rows, stats, M, F, gate_up.stride(0), largest, TILE, num_warps=WARPS)
+    return rows
 
 
 @forward_op.register_fake
-def forward_outputs(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    M, F = gate_up.shape[0], gate_up.shape[1] // 2
-    return gate_up.new_empty(M, F, dtype=dtype), gate_up.new_empty(F, M, dtype=dtype)
+def forward_output(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=dtype)
 
 
 @torch.library.custom_op("nanotrain::swiglu_backward_quantize", mutates_args=("stats",))
-def backward_op(gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = backward_outputs(gate_up, dy, dtype, scale, stats)
-    M, F = dy.shape
-    grid, largest = (triton.cdiv(M, TILE), triton.cdiv(F, TILE)), torch.finfo(dtype).max
+def backward_op(
+    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y_dtype: torch.dtype, y_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns, y_columns = backward_outputs(gate_up, dy, dtype, scale, stats, y_dtype, y_scale)
+    (M, F), largest, y_largest = dy.shape, torch.finfo(dtype).max, torch.finfo(y_dtype).max
     with torch.cuda.device_of(gate_up):
-        _backward_kernel[grid](
-            gate_up, dy, scale, rows, columns, stats, M, F, gate_up.stride(0), dy.stride(0),
-            largest, TILE, num_warps=WARPS,
+        _backward_kernel[triton.cdiv(M, TILE), triton.cdiv(F, TILE)](
+            gate_up, dy, scale, y_scale, rows, columns, y_columns, stats, M, F, gate_up.stride(0), dy.stride(0),
+            largest, y_largest, TILE, num_warps=WARPS,
         )  # fmt: skip
-    return rows, columns
+    return rows, columns, y_columns
 
 
 @backward_op.register_fake
-def backward_outputs(gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+def backward_outputs(
+    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y_dtype: torch.dtype, y_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     M, width = gate_up.shape
-    return gate_up.new_empty(M, width, dtype=dtype), gate_up.new_empty(width, M, dtype=dtype)
+    outputs = gate_up.new_empty(M, width, dtype=dtype), gate_up.new_empty(width, M, dtype=dtype)
+    return *outputs, gate_up.new_empty(width // 2, M, dtype=y_dtype)
 
 
-def swiglu_quantize(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Quantized:
+def swiglu_quantize(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
     """What reference.swiglu_quantize is: gate_up (M, 2F) float32, bfloat16 or float16 -> (M, F) in an FP8 dtype.
 
     Raises ValueError for a wrong shape, dtype or device.
     """
-    _check(dtype, scale, gate_up=gate_up)
-    rows, columns = forward_op(gate_up.contiguous(), dtype, scale, stats)
-    inverse = scale.reciprocal()
-    return Quantized(rows, inverse, columns, inverse)
+    _check(dtype, gate_up, scale=scale)
+    return forward_op(gate_up.contiguous(), dtype, scale, stats)
 
 
-def swiglu_backward_quantize(gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Quantized:
-    """What reference.swiglu_backward_quantize is: gate_up (M, 2F), dy (M, F) -> the gradient of gate_up in an FP8 dtype."""
-    _check(dtype, scale, gate_up=gate_up, dy=dy)
+def swiglu_backward_quantize(
+    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y: tuple[torch.dtype, Tensor]
+) -> tuple[Quantized, Tensor]:
+    """What reference.swiglu_backward_quantize is: gate_up (M, 2F), dy (M, F) -> the gradient of gate_up, and y's columns."""
+    y_dtype, y_scale = y
+    _check(dtype, gate_up, scale=scale, y_scale=y_scale, dy=dy)
+    check_dtypes(dy=dy)
     if dy.shape != (gate_up.shape[0], gate_up.shape[1] // 2):
         raise ValueError(f"dy: expected half the columns of gate_up's {list(gate_up.shape)}, got {list(dy.shape)}")
-    rows, columns = backward_op(gate_up.contiguous(), dy.contiguous(), dtype, scale, stats)
+    rows, columns, y_columns = backward_op(gate_up.contiguous(), dy.contiguous(), dtype, scale, stats, y_dtype, y_scale)
     inverse = scale.reciprocal()
-    return Quantized(rows, inverse, columns, inverse)
+    return Quantized(rows, inverse, columns, inverse), y_columns
 
 
-def _check(dtype: torch.dtype, scale: Tensor, gate_up: Tensor, **others: Tensor) -> None:
-    check_devices(gate_up=gate_up, scale=scale, **others)
-    check_dtypes(gate_up=gate_up, **others)
+def _check(dtype: torch.dtype, gate_up: Tensor, **others: Tensor) -> None:
+    check_devices(gate_up=gate_up, **others)
+    check_dtypes(gate_up=gate_up)
     if gate_up.ndim != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected a matrix with an even number of columns, got shape {list(gate_up.shape)}")
     if dtype not in FP8_DTYPES:
