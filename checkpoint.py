@@ -275,16 +275,18 @@ def _clean_up(root: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_checkpoint(out_dir: str | Path, which: str, on_warning: Callable[[str], None]) -> Checkpoint | None:
+def find_checkpoint(
+    out_dir: str | Path, which: str, on_warning: Callable[[str], None], checksums: bool = True
+) -> Checkpoint | None:
     """The checkpoint that `which` asks for: latest, best, a tier's name or a folder; None if it is `latest` and there is none.
 
-    A damaged one is named through `on_warning` and the next newest whole one is taken. UserError if `which` does not
-    exist, if no checkpoint is whole, or if it was written by a newer version.
+    A damaged one (without `checksums`: in size) is named through `on_warning` and the next newest whole one is taken. UserError
+    if `which` does not exist, if no checkpoint is whole, or if it was written by a newer version.
     """
     folders = _candidates(Path(out_dir), which)
     for folder in folders:
         try:
-            return open_checkpoint(folder)
+            return open_checkpoint(folder, checksums)
         except DamagedError as error:
             on_warning(f"checkpoint {folder} is damaged ({error}); looking for the next newest whole one")
     if folders:

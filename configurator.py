@@ -612,7 +612,12 @@ def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         *failing(["wsd_decay_fraction", "top_p"], lambda v: 0 < v <= 1, "must be in (0, 1]"),
         *failing(
             ["init_from"],
-            lambda v: v in ("scratch", "resume", *GPT2_MODELS) or re.fullmatch(r"[\w.-]+/[\w.-]+", v) or (v and Path(v).exists()),
+            lambda v: (
+                v in ("scratch", "resume", *GPT2_MODELS)
+                or re.fullmatch(r"[\w.-]+/[\w.-]+", v)
+                or (v and Path(v).exists())
+                or values.get("resume")  # a run that goes on does not need it any more
+            ),
             f"is not scratch, resume, {', '.join(GPT2_MODELS)}, a file or folder that is there, or a hub name such as org/model",
         ),
         *failing(["device"], lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?", v), "is not one of auto, cpu, cuda, cuda:N"),

@@ -53,7 +53,7 @@ from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
 from plan import start_section, three_digits
 from precision import LossScale, autocast
-from pretrained import Pretrained, check_tokenizer, load_weights
+from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
 from sharding import Layout, put_rows
 from training_logger import Throughput, TrainingLogger, new_run_name
@@ -67,6 +67,28 @@ def with_vocabulary(cfg: Config, dataset: Dataset, pretrained: Pretrained | None
     if vocab_size < dataset.vocab_size:
         raise UserError(f"--vocab_size={vocab_size}: {dataset.name} has {dataset.vocab_size:,} ids; pass at least that, or 0")
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
+
+
+def with_weights(cfg: Config, ranks: Ranks) -> tuple[Config, Pretrained | None]:
+    """As `with_pretrained`; but where a run is resumed that began so, its checkpoint says it all: its source may be gone."""
+    saved = ranks.agree(lambda: shape_to_resume(cfg))
+    if not saved:
+        return with_pretrained(cfg)
+    values, origins = ({name: pair[i] for name, pair in saved.items()} for i in range(2))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **values), origins=cfg.origins | origins), None
+
+
+def shape_to_resume(cfg: Config) -> dict[str, tuple[Any, str]]:
+    """(value, origin) of the model's knobs that came with a run's --init_from, in the checkpoint to resume; none given now."""
+    checkpoint = None
+    if cfg.checkpoint.resumes:
+        with suppress(UserError):  # said again when out_dir is locked and the checkpoint is verified
+            which = cfg.checkpoint.resume or "latest"
+            checkpoint = find_checkpoint(cfg.run.out_dir, which, lambda line: None, checksums=False)
+    config = checkpoint.state["config"] if checkpoint else {}
+    origins = {name: origin for name, origin in config.get("origins", {}).items() if origin.startswith("--init_from=")}
+    mine = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") == "default"}
+    return {name: (config["values"][name], origin) for name, origin in origins.items() if name in mine}
 
 
 @dataclass
@@ -175,13 +197,33 @@ def launch_id() -> str | None:
     return str(Path(error_file).parents[2]) if error_file else None
 
 
+def notes_on(cfg: Config, state: TrainState) -> list[str]:
+    """A line for each knob that does nothing in this run, and where the learning rate will not go where the user may think."""
+    return [f"note: {line}" for line in [*idle_knobs(cfg, state), *schedule_notes(cfg)]]
+
+
+def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
+    n, last = state.ranks.world_size, cfg.optim.max_iters
+    if cfg.run.profile:
+        first, end = map(int, cfg.run.profile.split(":"))
+        if cfg.eval.eval_only or max(first, state.step + 1) >= min(end, last + 1):
+            yield f"--profile={cfg.run.profile} records nothing: this run goes on after step {state.step:,}, up to {last:,}"
+    if cfg.run.memory_history and state.ranks.device.type == "cpu":
+        yield "--memory_history records nothing on a CPU"
+    if cfg.origins.get("num_gpus", "default") != "default":
+        yield f"--num_gpus is of --plan; this run has {n} rank{'s' * (n > 1)}, and torchrun --nproc_per_node=N starts N of them"
+    if n == 1 and cfg.parallel.asked in ("zero1", "fsdp"):
+        yield f"one process shards nothing by {cfg.parallel.asked}: torchrun --nproc_per_node=N starts several"
+    elif cfg.parallel.hsdp_shard_size and state.layout.name != "fsdp":
+        yield f"--hsdp_shard_size is of fsdp: {state.layout.name} does not use it"
+
+
 def schedule_notes(cfg: Config) -> list[str]:
-    """A line where the learning rate will not go where the user may think."""
     o = cfg.optim
     if o.decay_lr and o.max_iters <= o.warmup_iters:
-        return [f"note: all {o.max_iters:,} steps are warm-up: --warmup_iters={o.warmup_iters}"]
+        return [f"all {o.max_iters:,} steps are warm-up: --warmup_iters={o.warmup_iters}"]
     if o.decay_lr and o.lr_schedule != "constant" and o.max_iters < o.lr_decay_iters // 2:
-        return [f"note: the learning rate decays over --lr_decay_iters={o.lr_decay_iters} steps; this run makes {o.max_iters:,}"]
+        return [f"the learning rate decays over --lr_decay_iters={o.lr_decay_iters} steps; this run makes {o.max_iters:,}"]
     return []
 
 
@@ -320,6 +362,11 @@ def ending(kind: type[BaseException] | None, error: BaseException | None, stop: 
     return f"{kind.__name__}: {error}" if kind else stop.reason or "finished"
 
 
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """Whether the model is compiled: as asked for, where that can be."""
+    return cfg.run.compile and not missing_compiler(device)
+
+
 def compile_model(
     model: Transformer, cfg: Config, dtype: torch.dtype, ranks: Ranks, say: Callable[[str], None]
 ) -> Callable[..., torch.Tensor]:
@@ -360,14 +407,14 @@ def build_micro_step(forward: Callable[..., torch.Tensor], state: TrainState, cf
         (loss * state.loss_scale.scale).backward()
         return loss.detach()
 
-    if replays_graph(cfg, state.ranks) and forward is not state.model:
+    if replays_graph(cfg, state.ranks):
         return GraphedMicroStep(micro_step, state.model.parameters())
     return micro_step
 
 
 def replays_graph(cfg: Config, ranks: Ranks) -> bool:
     """Whether a compiled micro-step is recorded. Among several ranks it also talks to the others, which a graph does not hold."""
-    return cfg.run.cuda_graph and cfg.run.compile and ranks.device.type == "cuda" and ranks.world_size == 1
+    return cfg.run.cuda_graph and compiles(cfg, ranks.device) and ranks.device.type == "cuda" and ranks.world_size == 1
 
 
 def attention_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> str:
@@ -423,7 +470,7 @@ def start_report(
             "precision": products + (f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision),
             **{knob: who for knob, who in chosen_kernels.items() if state.fp8.active or knob != "fp8_kernel"},
             "attention": attention_backend(cfg, ranks.device, dtype),
-            "compile": cfg.run.compile,
+            "compile": compiles(cfg, ranks.device),
             "cuda_graph": replays_graph(cfg, ranks),
             "deterministic": cfg.run.deterministic,
             "seed": cfg.run.seed,

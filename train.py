@@ -29,7 +29,6 @@ from model import build_model
 from optim import build_optimizer, describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
 from precision import LossScale, choose_dtype
-from pretrained import with_pretrained
 from profiling import Profiler
 from sharding import choose_layout, put_rows
 from startup import TrainState
@@ -49,7 +48,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     ranks = start_ranks(cfg.run, cfg.parallel, stack)
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
     stop = StopRequest(cfg.run.max_hours, ranks)
-    cfg, pretrained = with_pretrained(cfg)
+    cfg, pretrained = startup.with_weights(cfg, ranks)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
     fp8, fp8_notes = choose_fp8(cfg, ranks.device, dtype, ops)
 
@@ -83,7 +82,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
     info, throughput = startup.start_report(cfg, dataset, state, dtype, chosen_kernels, parallel)
     log.report(info, throughput)
-    notes = [*startup.marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.schedule_notes(cfg), *notes]
+    notes = [*startup.marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.notes_on(cfg, state), *notes]
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)

@@ -19,7 +19,7 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
     "train": """startup checkpoint configurator data evaluation flops fp8 micro_step model optim parallel plan precision
-        pretrained profiling sharding training_logger""",
+        profiling sharding training_logger""",
     "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel plan
         precision pretrained profiling sharding training_logger""",
     "evaluation": "configurator data generation hellaswag model parallel precision",

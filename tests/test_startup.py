@@ -1,0 +1,99 @@
+"""What a run settles before its first step: the shape it resumes with, what the report says, and which knobs do nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import startup
+from hf_convert import export_model
+from pretrained import open_pretrained
+from tiny_runs import Runs
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Iterator[Runs]:
+    with Runs(tmp_path) as runs:
+        yield runs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run that began with weights
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RunsOfAnySize(Runs):
+    """Without the sizes of a tiny model: they come with the weights."""
+
+    def argv(self, out_dir: str, *flags: str) -> list[str]:
+        sizes = ("--n_layer=", "--n_head=", "--n_embd=", "--block_size=")
+        return [flag for flag in super().argv(out_dir) if not flag.startswith(sizes)] + list(flags)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of three steps that began with the weights in hf/, which are gone."""
+    folder = tmp_path_factory.mktemp("begun")
+    with Runs(folder) as runs:
+        runs.run("donor", "--max_iters=2", "--n_layer=1", "--n_embd=32")
+    export_model(open_pretrained(str(folder / "donor")), folder / "hf", "float32", 10**9)
+    with RunsOfAnySize(folder) as runs:
+        runs.run("out", f"--init_from={folder / 'hf'}", "--block_size=8", "--max_iters=3")
+    (folder / "hf").rename(folder / "gone")
+    return folder
+
+
+@pytest.mark.parametrize("flags", [["--init_from=resume"], ["--resume=latest"], ["--init_from={folder}/hf", "--resume=latest"]])
+def test_a_run_that_began_with_weights_goes_on_without_them(begun: Path, tmp_path: Path, flags: list[str]) -> None:
+    for name in ("data", "out"):
+        shutil.copytree(begun / name, tmp_path / name)
+    flags = [flag.format(folder=begun) for flag in flags]
+    with RunsOfAnySize(tmp_path) as runs:
+        for last in (4, 5):  # and once more
+            assert f"after step {last - 1}" in runs.run("out", f"--max_iters={last}", *flags)
+        config = runs.checkpoint("out").state["config"]
+        assert (config["values"]["n_embd"], config["values"]["block_size"]) == (32, 8)
+        assert config["origins"]["n_embd"] == f"--init_from={begun / 'hf'}"
+        assert len(runs.losses("out")) == 5
+
+
+def test_another_shape_is_refused_still(begun: Path, tmp_path: Path) -> None:
+    for name in ("data", "out"):
+        shutil.copytree(begun / name, tmp_path / name)
+    with RunsOfAnySize(tmp_path) as runs:
+        message = runs.run("out", "--resume=latest", "--n_embd=48", exit_code=2)
+        assert "n_embd" in message and "32" in message and "n_layer" not in message
+        missing = runs.run("new", "--resume=latest", f"--init_from={begun / 'hf'}", exit_code=2)
+        assert "there is no such file or folder" in missing and "Traceback" not in missing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lose_the_compiler() -> None:
+    startup.missing_compiler = lambda device: "a C++ compiler"
+
+
+def test_the_report_says_compiled_only_where_it_is(runs: Runs) -> None:
+    output = runs.run("out", "--compile=True", "--max_iters=1", prepare=lose_the_compiler)
+    training = runs.log("out")["startup_info"]["training"]
+    assert "not compiled" in output and (training["compile"], training["cuda_graph"]) == (False, False)
+
+
+def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
+    idle = ["--profile=9:11", "--memory_history", "--num_gpus=2", "--use_fsdp"]
+    output = runs.run("out", *idle, "--max_iters=8")
+    says = ["records nothing: this run goes on after step 0, up to 8", "nothing on a CPU", "this run has 1 rank,"]
+    assert all(line in output for line in [*says, "one process shards nothing by fsdp"])
+    output = runs.run("out", "--profile=2:9", "--max_iters=10", "--resume=latest")
+    assert "records nothing: this run goes on after step 8, up to 10" in output
+    assert "--hsdp_shard_size is of fsdp: one process does not use it" in runs.run("hsdp", "--hsdp_shard_size=2", "--max_iters=1")
+
+
+def test_knobs_that_do_something_are_not(runs: Runs) -> None:
+    assert "note:" not in runs.run("out", "--profile=8:12", "--max_iters=8", "--warmup_iters=2", "--lr_decay_iters=8")
