@@ -591,3 +591,29 @@ def test_help_is_quick() -> None:
         assert "verify" in command("--help").stdout
         elapsed_s.append(time.perf_counter() - t0_s)
     assert min(elapsed_s) < 0.5
+
+
+# A run in two precisions
+
+
+def test_the_newest_and_the_best_of_both_folders(saver: Saver, capsys: pytest.CaptureFixture[str]) -> None:
+    """latest goes by date through both folders, best by validation loss; a damaged one is passed over."""
+    fp8 = CheckpointStore(saver.out_dir, CheckpointConfig(), saver.saved.append, saver.warnings.append, folder=module.FP8_FOLDER)
+
+    def save(store: CheckpointStore, step: int, *tiers: str, val_loss: float) -> None:
+        store.save(step, tensors_of(step), {"run_name": "run_a", "val_loss": val_loss}, tiers)
+        store.wait()
+
+    save(fp8, 1, "latest", "best_model", val_loss=2.0)
+    save(saver.store, 2, "latest", "best_model", val_loss=3.0)
+    save(fp8, 3, "latest", val_loss=4.0)
+    assert saver.find().iter == 3 and saver.find("best").iter == 1
+    assert [folder.parent.name for _, folder in module.checkpoints_of(saver.out_dir)][:3] == [
+        "checkpoints_fp8",
+        *["checkpoints"] * 2,
+    ]
+    (saver.out_dir / module.FP8_FOLDER / "latest" / "state.json").unlink()
+    assert saver.find().iter == 2 and "checkpoints_fp8/latest is damaged" in saver.warnings[-1]
+    module.main(["list", str(saver.out_dir)])
+    assert "latest (fp8)" in capsys.readouterr().out
+    assert " and " in module.set_aside(saver.out_dir) and saver.find() is None
