@@ -42,7 +42,7 @@ from checkpoint import (
 from configurator import NOT_SHAPE, Config, UserError
 from data.loader import SampleOrder
 from data.tokenizer import copy_tokenizer, load_tokenizer
-from data.tokens import Dataset, padded_vocab_size
+from data.tokens import Dataset
 from evaluation import Prompt
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from fp8 import Fp8
@@ -63,9 +63,7 @@ def with_vocabulary(cfg: Config, dataset: Dataset, pretrained: Pretrained | None
     """The configuration with `vocab_size` settled: the dataset's, padded, unless it was given or comes with the weights."""
     if pretrained:
         check_tokenizer(pretrained, dataset)
-    vocab_size = cfg.model.vocab_size or padded_vocab_size(dataset.vocab_size)
-    if vocab_size < dataset.vocab_size:
-        raise UserError(f"--vocab_size={vocab_size}: {dataset.name} has {dataset.vocab_size:,} ids; pass at least that, or 0")
+    vocab_size = dataset.embedding_rows(cfg.model.vocab_size)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=vocab_size))
 
 
