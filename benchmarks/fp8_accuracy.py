@@ -11,25 +11,12 @@ FP8's mean minus the first seed's. Where there is no FP8, --fp8_emulate computes
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def train(knobs: list[str], folder: str, name: str) -> list[float]:
-    """The loss of every step of a run."""
-    out_dir = Path(folder) / name
-    command = [sys.executable, str(ROOT / "train.py"), *knobs, f"--out_dir={out_dir}", "--run_name=run", "--log_interval=1"]
-    subprocess.run([*command, "--eval_interval=0", "--always_save_checkpoint=False"], check=True, stdout=subprocess.DEVNULL)
-    records = json.loads((out_dir / "run_run.json").read_text())["training_iterations"]
-    return [record["loss"] for record in records]
+from loss_parity import losses_of
 
 
 def window_means(losses: list[float], windows: int) -> list[float]:
@@ -80,9 +67,7 @@ def main() -> None:
     runs = {f"seed {seed}": [f"--seed={seed}"] for seed in args.seeds}
     fp8 = [f"--seed={args.seeds[0]}", "--use_fp8", "--fp8_required", *emulate]
     runs |= {f"fp8 {recipe}": [*fp8, f"--fp8_recipe={recipe}"] for recipe in args.recipes}
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
-        futures = {name: pool.submit(train, knobs + extra, folder, name.replace(" ", "-")) for name, extra in runs.items()}
-        losses = {name: future.result() for name, future in futures.items()}
+    losses = losses_of(runs, knobs, args.at_once)
     if args.json:
         args.json.write_text(json.dumps({"knobs": given, "losses": losses}) + "\n")
     seeds, recipes = [f"seed {seed}" for seed in args.seeds], [f"fp8 {recipe}" for recipe in args.recipes]

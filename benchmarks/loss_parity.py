@@ -32,6 +32,13 @@ def train(knobs: list[str], folder: str, name: str) -> list[float]:
     return [record["loss"] for record in records]
 
 
+def losses_of(runs: dict[str, list[str]], knobs: list[str], at_once: int) -> dict[str, list[float]]:
+    """The losses of runs that have `knobs` in common, and knobs of their own by name; so many of them share the machine."""
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        futures = {name: pool.submit(train, knobs + own, folder, name.replace(" ", "-")) for name, own in runs.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
 def settings(seeds: list[int]) -> dict[str, list[str]]:
     """Knobs by name of the run."""
     from kernels import GROUPS
@@ -53,10 +60,7 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=3, help="runs that share the GPU")
     parser.add_argument("--json", type=Path, help="write every loss here as well")
     args, knobs = parser.parse_known_args()
-    runs = settings(args.seeds)
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
-        futures = {name: pool.submit(train, knobs + extra, folder, name) for name, extra in runs.items()}
-        losses = {name: future.result() for name, future in futures.items()}
+    losses = losses_of(settings(args.seeds), knobs, args.at_once)
     if args.json:
         args.json.write_text(json.dumps({"knobs": knobs, "losses": losses}) + "\n")
     reference = f"triton, seed {args.seeds[0]}"

@@ -219,22 +219,20 @@ def run_contestant(name: str, cfg: Config, steps: int, profile: bool) -> dict[st
 
 
 def print_profile(step: Step, batches: Any) -> None:
-    """Device time of one step by kernel, the mean of three steps, longest first."""
+    """Device time of one step by kernel, the mean of three steps, and how long these steps took with what lies between."""
     import torch
     from torch.profiler import ProfilerActivity, profile
+
+    from profiling import kernel_table
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for number in range(3):
             step(*batches[number])
         torch.cuda.synchronize()
-    rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
-    total_us = sum(row.device_time_total for row in rows)
     ranges = [event.time_range for event in recorded.events()]
     span_us = max(r.end for r in ranges) - min(r.start for r in ranges)  # one stream: what no kernel covers is idle
-    print(f"{'us a step':>10s} {'share':>6s} {'calls':>6s}  kernel   (total {total_us / 3000:.1f} ms of {span_us / 3000:.1f})")
-    for row in rows[:40]:
-        share = 100 * row.device_time_total / total_us
-        print(f"{row.device_time_total / 3:10.0f} {share:5.1f}% {row.count / 3:6.0f}  {row.key[:110]}")
+    print("\n".join(kernel_table(recorded, steps=3)))
+    print(f"{span_us / 3:12,.0f} from the first kernel to the last, a step")
 
 
 def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | None) -> None:
