@@ -1,4 +1,4 @@
-"""What a run settles before its first step: what moves in it, its place on disk, what it resumes, and the start report.
+"""What a run settles before its first step: what moves in it, its place on disk, and what it resumes.
 
 Each function here either finds everything in order or raises UserError, before any work is done.
 """
@@ -6,9 +6,7 @@ Each function here either finds everything in order or raises UserError, before 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 
 import kernels
 from checkpoint import (
@@ -35,28 +32,25 @@ from checkpoint import (
     check_shared,
     find_checkpoint,
     lock_out_dir,
-    most_copies,
     open_checkpoint,
     set_aside,
 )
 from configurator import NOT_SHAPE, Config, UserError
-from data.loader import SampleOrder
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from data.tokens import Dataset
 from evaluation import Prompt
-from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
+from flops import checkpoint_bytes
 from fp8 import Fp8
 from hellaswag import Questions, find_source, read_items, tokenize
 from micro_step import GraphedMicroStep, MicroStep
 from model import Transformer
 from optim import optimizer_tensors
-from parallel import Ranks, StopRequest, device_name, random_state, set_random_state
-from plan import start_section, three_digits
+from parallel import Ranks, StopRequest, random_state, set_random_state
 from precision import LossScale, autocast
 from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
 from sharding import Layout, put_rows
-from training_logger import Throughput, TrainingLogger, new_run_name
+from training_logger import TrainingLogger, new_run_name
 
 
 def with_vocabulary(cfg: Config, dataset: Dataset, pretrained: Pretrained | None = None) -> Config:
@@ -415,17 +409,6 @@ def replays_graph(cfg: Config, ranks: Ranks) -> bool:
     return cfg.run.cuda_graph and compiles(cfg, ranks.device) and ranks.device.type == "cuda" and ranks.world_size == 1
 
 
-def attention_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> str:
-    """Which of its implementations scaled_dot_product_attention takes for this model: cuDNN's before others on Hopper."""
-    m = cfg.model
-    q = torch.empty(1, m.n_head, m.block_size, m.head_dim, device=device, dtype=dtype, requires_grad=True)
-    k = torch.empty(1, m.kv_heads, m.block_size, m.head_dim, device=device, dtype=dtype, requires_grad=True)
-    choice = torch._fused_sdp_choice(q, k, k, None, m.dropout, True, enable_gqa=m.kv_heads < m.n_head)
-    names = {SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.FLASH_ATTENTION: "FlashAttention"}
-    names |= {SDPBackend.EFFICIENT_ATTENTION: "memory-efficient attention", SDPBackend.MATH: "plain products"}
-    return f"scaled_dot_product_attention by {names[SDPBackend(choice)]}"
-
-
 def missing_compiler(device: torch.device) -> str | None:
     """What torch.compile would not find: for a CPU it writes C++, and for a GPU Triton builds its launchers in C."""
     if device.type == "cpu":
@@ -433,117 +416,6 @@ def missing_compiler(device: torch.device) -> str | None:
     else:
         kind, names = "a C compiler", (os.environ.get("CC", "gcc"), "clang")
     return None if any(map(shutil.which, names)) else kind
-
-
-def start_report(
-    cfg: Config, dataset: Dataset, state: TrainState, dtype: torch.dtype, chosen_kernels: dict[str, str], parallel: str
-) -> tuple[dict[str, dict[str, Any]], Throughput]:
-    """(what the run is, for the console and the log; what turns its step times into MFU)."""
-    ranks = state.ranks
-    full, causal = flops_per_token(cfg.model), flops_per_token(cfg.model, causal=True)
-    name, precision = device_name(ranks.device), str(dtype).removeprefix("torch.")
-    arithmetic = precision
-    if dtype == torch.float32 and peak_tflops(name, "tf32"):
-        arithmetic = "tf32"  # what choose_device sets for the products of float32
-    peak = peak_tflops(name, arithmetic) if ranks.device.type == "cuda" else None
-    peak_fp8 = peak_tflops(name, "fp8") if state.fp8.active and peak else None
-    products = f"fp8 products in the blocks ({cfg.fp8.fp8_recipe} scaling), " if state.fp8.active else ""
-    factors = (cfg.data.batch_size, cfg.data.gradient_accumulation_steps, cfg.model.block_size)
-    tokens_per_step = math.prod(factors)
-    info = {
-        "model": model_info(cfg, full, causal),
-        "hardware": {
-            "device": name,
-            "gpus": ranks.world_size if ranks.device.type == "cuda" else 0,
-            "memory_gb": gpu_memory_gb(ranks.device),
-            "peak_tflops": peak,
-            "peak_precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(arithmetic, arithmetic),
-            "cpu_threads": torch.get_num_threads(),
-        },
-        "data": data_info(cfg, dataset),
-        "training": {
-            "batch": " x ".join(map(str, factors)) + f" = {tokens_per_step:,} tokens a step",
-            "steps": cfg.optim.max_iters,
-            "parallel": parallel,
-            "precision": products + (f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision),
-            **{knob: who for knob, who in chosen_kernels.items() if state.fp8.active or knob != "fp8_kernel"},
-            "attention": attention_backend(cfg, ranks.device, dtype),
-            "compile": compiles(cfg, ranks.device),
-            "cuda_graph": replays_graph(cfg, ranks),
-            "deterministic": cfg.run.deterministic,
-            "seed": cfg.run.seed,
-        },
-        "plan": start_section(
-            cfg, len(dataset.train), peak and peak * ranks.world_size, arithmetic, ranks.world_size if peak else 0
-        ),
-        "output": output_info(cfg),
-        "software": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
-    }
-    peaks = (peak and peak * ranks.world_size, tokens_per_step, peak_fp8 and peak_fp8 * ranks.world_size)
-    return info, Throughput(full, causal, *peaks)
-
-
-def marker_lines(info: dict[str, dict[str, Any]], layout: Layout) -> list[str]:
-    """The lines of the start report that other tools look for."""
-    hardware = info["hardware"]
-    lines = [f"number of parameters: {info['model']['parameters'] / 1e6:.2f}M"]
-    if hardware["peak_tflops"]:
-        name = hardware["device"].removeprefix("NVIDIA ")
-        lines.append(f"Hardware peak: {hardware['peak_tflops']:g} TFLOPS ({name} {hardware['peak_precision']})")
-    if info["training"]["norm_kernel"] == "triton":
-        norm = "RMSNorm" if info["model"]["normalization"].startswith("rmsnorm") else "LayerNorm"
-        lines.append(f"using Triton-accelerated {norm}")
-    return lines + layout.marker_lines()
-
-
-def model_info(cfg: Config, full: float, causal: float) -> dict[str, Any]:
-    m, count = cfg.model, count_parameters(cfg.model)
-    kind = f"{m.ffn_type} {m.activation}" if m.ffn_type == "standard" else m.ffn_type
-    return {
-        "architecture": m.architecture,
-        "normalization": f"{m.normalization}, {m.norm_position}-norm, eps {m.norm_eps:g}",
-        "position_encoding": m.position_encoding + (f", theta {m.rope_theta:g}" if m.position_encoding == "rope" else ""),
-        "attention": f"{m.n_head} heads of {m.head_dim}, {m.kv_heads} key/value heads" + (", qk_norm" if m.qk_norm else ""),
-        "feed_forward": f"{kind}, {m.ffn_hidden:,} wide",
-        "bias": m.bias,
-        "weight_tying": m.weight_tying,
-        "dropout": m.dropout,
-        "block_size": m.block_size,
-        "vocab_size": m.vocab_size,
-        "parameters": count.total,
-        "trainable_parameters": count.total,
-        "non_embedding_parameters": count.non_embedding,
-        "flops_per_token": full,
-        "flops_per_token_causal": causal,
-    }
-
-
-def data_info(cfg: Config, dataset: Dataset) -> dict[str, Any]:
-    batch = cfg.data.batch_size * cfg.data.gradient_accumulation_steps
-    per_epoch = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed).samples_per_epoch
-    return {
-        "dataset": dataset.name,
-        "folder": str(dataset.folder),
-        "train_tokens": len(dataset.train),
-        "val_tokens": len(dataset.val),
-        "tokenizer": dataset.tokenizer,
-        "vocab_size": dataset.vocab_size,
-        "epochs": three_digits(cfg.optim.max_iters * batch / per_epoch),
-    }
-
-
-def output_info(cfg: Config) -> dict[str, Any]:
-    size_gb, free_gb = checkpoint_bytes(cfg.model) / 1e9, shutil.disk_usage(Path(cfg.run.out_dir)).free / 1e9
-    return {
-        "out_dir": cfg.run.out_dir,
-        "checkpoint_gb": three_digits(size_gb),
-        "all_checkpoints_gb": three_digits(most_copies(cfg.checkpoint) * size_gb),  # at most, while one is being written
-        "free_disk_gb": round(free_gb, 1),
-    }
-
-
-def gpu_memory_gb(device: torch.device) -> float | None:
-    return round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if device.type == "cuda" else None
 
 
 class NonFiniteRun(UserError):

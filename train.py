@@ -31,6 +31,7 @@ from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ra
 from precision import LossScale, choose_dtype
 from profiling import Profiler
 from sharding import choose_layout, put_rows
+from start_report import marker_lines, start_report
 from startup import TrainState
 from training_logger import StepRecord, TrainingLogger
 
@@ -80,9 +81,9 @@ def train(cfg: Config, stack: ExitStack) -> int:
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
     log = TrainingLogger(cfg, state.run_name, resume_iter, checkpoint and checkpoint.state["run_name"], active=ranks.is_main)
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
-    info, throughput = startup.start_report(cfg, dataset, state, dtype, chosen_kernels, parallel)
+    info, throughput = start_report(cfg, dataset, state, dtype, chosen_kernels, parallel)
     log.report(info, throughput)
-    notes = [*startup.marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.notes_on(cfg, state), *notes]
+    notes = [*marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.notes_on(cfg, state), *notes]
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)

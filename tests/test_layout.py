@@ -19,8 +19,9 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
     "train": """startup checkpoint configurator data evaluation flops fp8 micro_step model optim parallel plan precision
-        profiling sharding training_logger""",
-    "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel plan
+        profiling sharding start_report training_logger""",
+    "start_report": "checkpoint configurator data flops parallel plan sharding startup training_logger",
+    "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel
         precision pretrained profiling sharding training_logger""",
     "evaluation": "configurator data generation hellaswag model parallel precision",
     "profiling": "configurator memory parallel plan",
