@@ -49,7 +49,8 @@ class GraphedMicroStep:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
         torch.cuda.empty_cache()  # what the calls before have left, the graph's own pool cannot use
-        with torch.cuda.graph(graph, pool):
+        # Other threads (the one that gets memory for checkpoints) may go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             loss = self.micro_step(*self.inputs)
         self.graphs[adds] = graph, loss
         if not adds:

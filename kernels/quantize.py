@@ -3,14 +3,21 @@
     rows[m, k] = fp8(clamp(scale x[m, k])),  columns[k, m] = rows[m, k]
 
 Hopper multiplies FP8 only where both operands have the summed axis last: the forward product and the input's gradient want
-rows, the weight's gradient wants columns. A program has one square tile, which is transposed through shared memory, so that
+rows, the weight's gradient wants columns. A program has one tile, which is transposed through shared memory, so that
 both are written in whole sectors. Where each FP8_BLOCK elements have a scale of their own, it depends on nothing but the tile.
 Statistics are added up in memory, by the few programs that have something to add.
+
+The assembler that comes with Triton 3.6 to 3.8, of CUDA 12, gives wrong bytes where numbers that were rounded once are both
+stored and transposed (triton issue 11111). Here they are rounded twice, by a scale that is loaded twice: else the compiler would
+see that it is the same.
 
 Legend: M rows, K columns.
 """
 
 from __future__ import annotations
+
+import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,15 +27,32 @@ from torch import Tensor
 from kernels.inputs import check_devices, check_dtypes
 from kernels.reference import FP8_BLOCK, Quantized
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-TILE, TILE_WARPS = 64, 4  # with one scale; with many a tile has FP8_BLOCK rows and columns
-BLOCK_WARPS = 16
+
+
+class Tile(NamedTuple):
+    """What a program has of a matrix."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    def grid(self, M: int, K: int) -> tuple[int, int]:
+        return triton.cdiv(M, self.rows), triton.cdiv(K, self.columns)
+
+
+TILE = Tile(64, 64, 4)
+BLOCK_TILE = Tile(FP8_BLOCK, FP8_BLOCK, 16)
 
 
 @triton.jit
-def round_to(z, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
-    clamped = tl.minimum(tl.maximum(z, -LARGEST), LARGEST)
-    return (clamped + (z - z)).to(DTYPE)  # what is not finite becomes NaN: inf - inf
+def scale_and_round(values, scale, LARGEST: tl.constexpr, DTYPE: tl.constexpr):
+    """What is too large becomes the largest number, and what is not finite NaN: inf - inf."""
+    z = values * scale + (values - values)
+    if INTERPRETED:  # the hardware's rounding stops there by itself
+        z = tl.minimum(tl.maximum(z, -LARGEST, tl.PropagateNan.ALL), LARGEST, tl.PropagateNan.ALL)
+    return z.to(DTYPE)
 
 
 @triton.jit
@@ -42,17 +66,20 @@ def _add(total, count):
 
 
 @triton.jit
-def _count(stats, values, y, n_saturated, n_values):
-    """`n_values`: all of the matrix, from one program, and 0 from the others."""
-    amax = tl.max(tl.abs(values)).to(tl.int32, bitcast=True).to(tl.int64)
-    tl.atomic_max(stats, amax, amax > tl.load(stats))  # what is read may be old, and so too small, but never too large
-    _add(stats + 1, n_saturated)
-    _add(stats + 2, tl.sum(((y.to(tl.float32) == 0) & (values != 0)).to(tl.int32)))
+def _count(stats, values, z, n_values, E4M3: tl.constexpr):
+    """`z`: scaled values; `n_values`: all of the matrix, from one program, and 0 from the others. The largest |value|."""
+    BECOMES_ZERO: tl.constexpr = 2.0**-10 if E4M3 else 2.0**-17  # half of the smallest number, and less
+    amax = tl.max(tl.abs(values))
+    amax_bits = amax.to(tl.int32, bitcast=True).to(tl.int64)
+    tl.atomic_max(stats, amax_bits, amax_bits > tl.load(stats))  # what is read may be old, and so too small, but never too large
+    _add(stats + 2, tl.sum(((tl.abs(z) <= BECOMES_ZERO) & (values != 0)).to(tl.int32)))
     _add(stats + 3, n_values)
+    return amax
 
 
 @triton.jit
 def store_columns(columns, y, m, k, inside, M):
+    """`y`: rounded apart from what is stored as rows."""
     tl.store(columns + tl.trans(k) * M + tl.trans(m), tl.trans(y), tl.trans(inside))
 
 
@@ -62,12 +89,15 @@ def write_scaled(values, scale, rows, columns, stats, m, k, inside, M, K, n_valu
 
     `values` is 0 outside of the matrix; `columns` may be None.
     """
-    z = values * tl.load(scale)
-    y = round_to(z, LARGEST, rows.dtype.element_ty)
-    tl.store(rows + m * K + k, y, inside)
+    DTYPE: tl.constexpr = rows.dtype.element_ty
+    factor = tl.load(scale)
+    tl.store(rows + m * K + k, scale_and_round(values, factor, LARGEST, DTYPE), inside)
     if columns is not None:
-        store_columns(columns, y, m, k, inside, M)
-    _count(stats, values, y, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)), n_values)
+        store_columns(columns, scale_and_round(values, tl.load(scale, volatile=True), LARGEST, DTYPE), m, k, inside, M)
+    z = values * factor
+    amax = _count(stats, values, z, n_values, tl.float8e4nv == DTYPE)
+    if amax * factor > LARGEST:  # seldom
+        _add(stats + 1, tl.sum((tl.abs(z) > LARGEST).to(tl.int32)))
 
 
 @triton.jit
@@ -83,27 +113,27 @@ def _kernel(
     K,
     x_stride,
     LARGEST: tl.constexpr,
-    SIZE: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
 ):
-    m = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]  # (SIZE, 1)
-    k = tl.program_id(1) * SIZE + tl.arange(0, SIZE)[None, :]  # (1, SIZE)
+    m = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # (R, 1)
+    k = tl.program_id(1) * C + tl.arange(0, C)[None, :]  # (1, C)
     inside = (m < M) & (k < K)
     m, k = m.to(tl.int64), k.to(tl.int64)  # a large tensor has more than 2^31 elements
-    values = tl.load(x + m * x_stride + k, inside, 0.0).to(tl.float32)  # (SIZE, SIZE)
+    values = tl.load(x + m * x_stride + k, inside, 0.0).to(tl.float32)  # (R, C)
     is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     n_values = tl.where(is_first, tl.full((), 1, tl.int64) * M * K, 0)
     if scale is not None:
         write_scaled(values, scale, rows, columns, stats, m, k, inside, M, K, n_values, LARGEST)
     else:
-        inverse_m = _inverse(tl.max(tl.abs(values), 1, keep_dims=True), LARGEST)  # (SIZE, 1)
-        inverse_k = _inverse(tl.max(tl.abs(values), 0, keep_dims=True), LARGEST)  # (1, SIZE)
-        y = round_to(tl.div_rn(values, inverse_m), LARGEST, rows.dtype.element_ty)
-        y_columns = round_to(tl.div_rn(values, inverse_k), LARGEST, rows.dtype.element_ty)
+        inverse_m = _inverse(tl.max(tl.abs(values), 1, keep_dims=True), LARGEST)  # (R, 1)
+        inverse_k = _inverse(tl.max(tl.abs(values), 0, keep_dims=True), LARGEST)  # (1, C)
+        z, z_columns = tl.div_rn(values, inverse_m), tl.div_rn(values, inverse_k)
         tl.store(rows_inverse + tl.program_id(1).to(tl.int64) * M + m, inverse_m, m < M)
         tl.store(columns_inverse + tl.program_id(0).to(tl.int64) * K + k, inverse_k, k < K)
-        tl.store(rows + m * K + k, y, inside)
-        store_columns(columns, y_columns, m, k, inside, M)
-        _count(stats, values, y, tl.zeros((), tl.int32), n_values)
+        tl.store(rows + m * K + k, scale_and_round(z, 1.0, LARGEST, rows.dtype.element_ty), inside)
+        store_columns(columns, scale_and_round(z_columns, 1.0, LARGEST, rows.dtype.element_ty), m, k, inside, M)
+        _count(stats, values, z, n_values, tl.float8e4nv == rows.dtype.element_ty)
 
 
 @torch.library.custom_op("nanotrain::quantize", mutates_args=("stats",))
@@ -117,11 +147,12 @@ def quantize_op(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tens
 def _launch(x: Tensor, scale: Tensor | None, outputs: tuple[Tensor, Tensor, Tensor, Tensor], stats: Tensor) -> None:
     if x.stride(1) != 1:
         x = x.contiguous()
-    size, warps = (FP8_BLOCK, BLOCK_WARPS) if scale is None else (TILE, TILE_WARPS)
-    grid = triton.cdiv(x.shape[0], size), triton.cdiv(x.shape[1], size)
+    tile = BLOCK_TILE if scale is None else TILE
     largest = torch.finfo(outputs[0].dtype).max
     with torch.cuda.device_of(x):
-        _kernel[grid](x, scale, *outputs, stats, *x.shape, x.stride(0), largest, size, num_warps=warps)
+        _kernel[tile.grid(*x.shape)](
+            x, scale, *outputs, stats, *x.shape, x.stride(0), largest, tile.rows, tile.columns, num_warps=tile.warps
+        )
 
 
 @quantize_op.register_fake

@@ -17,16 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.inputs import check_devices, check_dtypes
-from kernels.quantize import FP8_DTYPES, TILE, round_to, store_columns, write_scaled
+from kernels.quantize import FP8_DTYPES, Tile, scale_and_round, store_columns, write_scaled
 from kernels.reference import Quantized
 
-WARPS = 8
+FORWARD_TILE = Tile(64, 64, 8)
+BACKWARD_TILE = Tile(64, 64, 8)
 
 
 @triton.jit
-def _forward_kernel(gate_up, scale, rows, stats, M, F, stride, LARGEST: tl.constexpr, SIZE: tl.constexpr):
-    m = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]  # (SIZE, 1)
-    k = tl.program_id(1) * SIZE + tl.arange(0, SIZE)[None, :]  # (1, SIZE)
+def _forward_kernel(gate_up, scale, rows, stats, M, F, stride, LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    m = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # (R, 1)
+    k = tl.program_id(1) * C + tl.arange(0, C)[None, :]  # (1, C)
     inside = (m < M) & (k < F)
     m, k = m.to(tl.int64), k.to(tl.int64)  # a large tensor has more than 2^31 elements
     gate = tl.load(gate_up + m * stride + k, inside, 0.0).to(tl.float32)
@@ -39,11 +40,11 @@ def _forward_kernel(gate_up, scale, rows, stats, M, F, stride, LARGEST: tl.const
 @triton.jit
 def _backward_kernel(
     gate_up, dy, scale, y_scale, rows, columns, y_columns, stats, M, F, stride, dy_stride,
-    LARGEST: tl.constexpr, Y_LARGEST: tl.constexpr, SIZE: tl.constexpr,
+    LARGEST: tl.constexpr, Y_LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Three tiles: what is F columns apart has the same inputs, and so has y."""
-    m = tl.program_id(0) * SIZE + tl.arange(0, SIZE)[:, None]
-    k = tl.program_id(1) * SIZE + tl.arange(0, SIZE)[None, :]
+    m = tl.program_id(0) * R + tl.arange(0, R)[:, None]
+    k = tl.program_id(1) * C + tl.arange(0, C)[None, :]
     inside = (m < M) & (k < F)
     m, k = m.to(tl.int64), k.to(tl.int64)
     gate = tl.load(gate_up + m * stride + k, inside, 0.0).to(tl.float32)
@@ -55,17 +56,18 @@ def _backward_kernel(
     d_gate, d_up = d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid
     write_scaled(d_gate, scale, rows, columns, stats, m, k, inside, M, 2 * F, n_values, LARGEST)
     write_scaled(d_up, scale, rows, columns, stats, m, k + F, inside, M, 2 * F, n_values, LARGEST)
-    y = round_to(gate * sigmoid * up * tl.load(y_scale), Y_LARGEST, y_columns.dtype.element_ty)
+    y = scale_and_round(gate * sigmoid * up, tl.load(y_scale), Y_LARGEST, y_columns.dtype.element_ty)
     store_columns(y_columns, y, m, k, inside, M)
 
 
 @torch.library.custom_op("nanotrain::swiglu_quantize", mutates_args=("stats",))
 def forward_op(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
     rows = forward_output(gate_up, dtype, scale, stats)
-    M, F = rows.shape
-    grid, largest = (triton.cdiv(M, TILE), triton.cdiv(F, TILE)), torch.finfo(dtype).max
+    (M, F), largest, tile = rows.shape, torch.finfo(dtype).max, FORWARD_TILE
     with torch.cuda.device_of(gate_up):
-        _forward_kernel[grid](gate_up, scale, rows, stats, M, F, gate_up.stride(0), largest, TILE, num_warps=WARPS)
+        _forward_kernel[tile.grid(M, F)](
+            gate_up, scale, rows, stats, M, F, gate_up.stride(0), largest, tile.rows, tile.columns, num_warps=tile.warps
+        )
     return rows
 
 
@@ -79,11 +81,11 @@ def backward_op(
     gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y_dtype: torch.dtype, y_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns, y_columns = backward_outputs(gate_up, dy, dtype, scale, stats, y_dtype, y_scale)
-    (M, F), largest, y_largest = dy.shape, torch.finfo(dtype).max, torch.finfo(y_dtype).max
+    (M, F), tile = dy.shape, BACKWARD_TILE
     with torch.cuda.device_of(gate_up):
-        _backward_kernel[triton.cdiv(M, TILE), triton.cdiv(F, TILE)](
+        _backward_kernel[tile.grid(M, F)](
             gate_up, dy, scale, y_scale, rows, columns, y_columns, stats, M, F, gate_up.stride(0), dy.stride(0),
-            largest, y_largest, TILE, num_warps=WARPS,
+            torch.finfo(dtype).max, torch.finfo(y_dtype).max, tile.rows, tile.columns, num_warps=tile.warps,
         )  # fmt: skip
     return rows, columns, y_columns
 

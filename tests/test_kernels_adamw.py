@@ -71,7 +71,7 @@ def test_equals_pytorch_with_betas_at_the_edges(betas: tuple[float, float]) -> N
         for step in range(3):
             draw_gradients(optimizer, step)
             optimizer.step()
-    torch.testing.assert_close(everything(ours), everything(theirs), rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(everything(ours), everything(theirs), rtol=1e-5, atol=1e-6)  # 1 - 0.9999 loses digits
 
 
 def test_gradients_are_divided_by_the_scale_and_left_as_they_are() -> None:
