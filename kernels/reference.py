@@ -160,6 +160,6 @@ def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
 def _round_blocks(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(rounded, inverse scales) of each FP8_BLOCK elements of a row."""
     blocks = values.unflatten(1, (-1, FP8_BLOCK))
-    amax = blocks.abs().amax(2)
+    amax = blocks.abs().nan_to_num(0, torch.inf).amax(2)  # of the numbers
     inverse = torch.where(amax > 0, amax / torch.finfo(dtype).max, 1.0)
     return _round((blocks / inverse[..., None]).flatten(1), dtype), inverse.t().contiguous().t()

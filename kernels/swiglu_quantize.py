@@ -20,8 +20,8 @@ from kernels.inputs import check_devices, check_dtypes
 from kernels.quantize import FP8_DTYPES, Tile, scale_and_round, store_columns, write_scaled
 from kernels.reference import Quantized
 
-FORWARD_TILE = Tile(64, 64, 8)
-BACKWARD_TILE = Tile(64, 64, 8)
+FORWARD_TILE = Tile(8, 512, 4)
+BACKWARD_TILE = Tile(32, 64, 4)
 
 
 @triton.jit
