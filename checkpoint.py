@@ -105,6 +105,8 @@ class CheckpointStore:
         `state["run_name"]` and, where there is one, `state["val_loss"]` with the step it was measured at are repeated in the
         manifest. Waits for the save before.
         """
+        if not self._cfg.save_checkpoints:
+            return 0.0
         t0_s = time.perf_counter()
         self.wait()
         evaluated_step = state.get("counters", {}).get("evaluated_step")
@@ -119,6 +121,8 @@ class CheckpointStore:
 
     def reserve(self, tensors: Mapping[str, torch.Tensor | Piece]) -> None:
         """Begins to allocate what the first save() needs on the host: pinned memory takes a second for a few GB."""
+        if not self._cfg.save_checkpoints:
+            return
         self._writer = threading.Thread(target=self._allocate, args=(as_pieces(tensors),), name="checkpoint", daemon=True)
         self._writer.start()
 
@@ -424,6 +428,8 @@ def tokenizer_folder(root: Path) -> Path:
 
 def most_copies(cfg: CheckpointConfig) -> int:
     """Checkpoints that may be on the disk at the same time."""
+    if not cfg.save_checkpoints:
+        return 0
     copies = 4  # latest, latest_backup, best_model and the one that is being written
     if cfg.always_save_checkpoint:
         copies += (cfg.keep_rolling if cfg.rolling_interval else 0) + cfg.keep_epochs

@@ -155,6 +155,7 @@ class EvalConfig:
 class CheckpointConfig:
     init_from: str = "scratch"  # scratch, resume, or weights: gpt2 ... gpt2-xl, a hub name, a folder, an out_dir, a ckpt.pt
     resume: str = ""  # latest, best, a tier's name or a checkpoint's folder; goes before init_from where it finds one
+    save_checkpoints: bool = True  # false: none at all, as for a measurement; the weights end with the run
     always_save_checkpoint: bool = True  # false: only best_model, and latest at the end or at a signal
     checkpoint_interval: int = 250  # steps between writes of `latest`; 0 counts minutes only
     checkpoint_minutes: float = 10.0  # minutes between writes of `latest`, whichever comes first; 0 counts steps only

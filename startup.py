@@ -200,6 +200,8 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
         first, end = map(int, cfg.run.profile.split(":"))
         if cfg.eval.eval_only or max(first, state.step + 1) >= min(end, last + 1):
             yield f"--profile={cfg.run.profile} records nothing: this run goes on after step {state.step:,}, up to {last:,}"
+    if not cfg.checkpoint.save_checkpoints:
+        yield "--save_checkpoints=False: what is trained ends with this run"
     if cfg.run.memory_history and state.ranks.device.type == "cpu":
         yield "--memory_history records nothing on a CPU"
     if cfg.origins.get("num_gpus", "default") != "default":

@@ -402,6 +402,12 @@ def test_only_the_best_and_the_last(runs: Runs) -> None:
     assert {record["tier"] for record in runs.log("out")["checkpoints"] if record["iter"] < 60} == {"best_model"}
 
 
+def test_nothing_is_saved_where_nothing_shall_be(runs: Runs) -> None:
+    output = runs.run("out", "--save_checkpoints=False", "--eval_interval=10", "--checkpoint_interval=5")
+    assert "what is trained ends with this run" in output and not list((runs.folder / "out").glob("checkpoints*/*"))
+    assert runs.log("out")["checkpoints"] == []
+
+
 def test_a_latest_of_an_earlier_process_does_not_outlive_a_newer_best(runs: Runs) -> None:
     knobs = "--always_save_checkpoint=False --eval_interval=10".split()
     runs.run("out", *knobs, "--max_iters=5")
