@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from configurator import Config, Fp8Config, UserError
 from kernels import REFERENCE, Operations
 from kernels.reference import FP8_BLOCK, Quantized
+from precision import dtype_name
 
 FP8_PRODUCTS = ("attention.qkv", "attention.out", "ffn.up", "ffn.out")  # of a block
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CLASSES = ("activations", "weights", "gradients")
 OLDEST = (8, 9)  # compute capability: Ada
 DIVISOR = 16  # of the sides of a product, as cuBLAS wants them
+Table = Callable[[Tensor, list[float]], Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,15 +48,16 @@ class Arithmetic:
     emulated: bool
     ops: Operations
 
-    def round(self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor | None, stats: Tensor) -> Quantized:
-        """x (M, K) in an FP8 dtype, scaled by the recipe; a weight has no delayed scale."""
-        if self.recipe == "block":
-            scale = None
-        elif delayed_scale is None or self.recipe == "current":
+    def round(self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor, stats: Tensor) -> Quantized:
+        """Activations or gradients x (M, K) in an FP8 dtype, scaled by the recipe."""
+        scale = None if self.recipe == "block" else delayed_scale
+        if self.recipe == "current":
             scale = scale_of(torch.linalg.vector_norm(x, torch.inf), dtype, self.margin, 1.0)
-        else:
-            scale = delayed_scale
         return self.ops.quantize(x, dtype, scale, stats)
+
+    def round_weight(self, weight: Tensor, own: Operands) -> Quantized:
+        """A weight that was gathered just now, unless this rank has it rounded all along."""
+        return own.copies or self.ops.quantize(weight, E4M3, own.scale_w, own.stats_w)
 
     def multiply(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
         """a b^T of rounded matrices (M, K) and (N, K), each with its inverse scales -> (M, N).
@@ -85,6 +88,7 @@ class Operands(NamedTuple):
     """What the products of a layer need beside its weight."""
 
     copies: Quantized | None  # of the weight; None where it is sharded, and rounded whenever it has been gathered
+    scale_w: Tensor | None  # () for that; None where blocks have their own
     scale_x: Tensor  # delayed scales, ()
     scale_dy: Tensor
     stats_x: Tensor  # what rounding has met in this step, (4,) each
@@ -96,18 +100,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, own: Operands, arithmetic: Arithmetic) -> Tensor:
         rounded = arithmetic.round(x, E4M3, own.scale_x, own.stats_x)
-        w = own.copies or arithmetic.round(weight, E4M3, None, own.stats_w)
-        ctx.save_for_backward(*rounded[2:], *(() if own.copies else (weight,)))
-        ctx.own, ctx.arithmetic, ctx.dtypes = own, arithmetic, (x.dtype, weight.dtype)
+        w = arithmetic.round_weight(weight, own)
+        ctx.save_for_backward(weight, *rounded[2:])
+        ctx.own, ctx.arithmetic, ctx.dtype = own, arithmetic, x.dtype
         return arithmetic.multiply(rounded[:2], w[:2], arithmetic.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        own, arithmetic, saved = ctx.own, ctx.arithmetic, ctx.saved_tensors
-        w = own.copies or arithmetic.round(saved[2], E4M3, None, own.stats_w)
+        own, arithmetic, (weight, *x) = ctx.own, ctx.arithmetic, ctx.saved_tensors
+        w = arithmetic.round_weight(weight, own)
         rounded = arithmetic.round(dy, E5M2, own.scale_dy, own.stats_dy)
-        dx = arithmetic.multiply(rounded[:2], w[2:], ctx.dtypes[0])
-        return dx, arithmetic.multiply(rounded[2:], saved[:2], ctx.dtypes[1]), None, None
+        dx = arithmetic.multiply(rounded[:2], w[2:], ctx.dtype)
+        return dx, arithmetic.multiply(rounded[2:], x, weight.dtype), None, None
 
 
 class Fp8Linear(nn.Linear):
@@ -117,11 +121,12 @@ class Fp8Linear(nn.Linear):
         """`scales`: those of the first step for activations and gradients."""
         self.arithmetic = arithmetic
         first = (torch.tensor(scale, device=device) for scale in scales)
-        self.own = Operands(None, *first, *(torch.zeros(4, dtype=torch.int64, device=device) for _ in CLASSES))
+        scale_w = None if arithmetic.recipe == "block" else torch.ones((), device=device)
+        self.own = Operands(None, scale_w, *first, *(torch.zeros(4, dtype=torch.int64, device=device) for _ in CLASSES))
 
-    def round_weight(self, scale: Tensor | None) -> None:
+    def round_weight(self) -> None:
         """Into the same memory each time, where a CUDA graph finds it."""
-        copies = self.arithmetic.ops.quantize(self.weight.detach(), E4M3, scale, self.own.stats_w, self.own.copies)
+        copies = self.arithmetic.ops.quantize(self.weight.detach(), E4M3, self.own.scale_w, self.own.stats_w, self.own.copies)
         if self.own.copies is None:
             self.own = self.own._replace(copies=copies)
 
@@ -138,22 +143,23 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_up: Tensor, w_out: Tensor, up: Operands, out: Operands, arithmetic: Arithmetic) -> Tensor:
         rounded = arithmetic.round(x, E4M3, up.scale_x, up.stats_x)
-        gate_up = arithmetic.multiply(rounded[:2], up.copies[:2], arithmetic.dtype, fast=True)
+        gate_up = arithmetic.multiply(rounded[:2], arithmetic.round_weight(w_up, up)[:2], arithmetic.dtype, fast=True)
         hidden = arithmetic.ops.swiglu_quantize(gate_up, E4M3, out.scale_x, out.stats_x)
-        ctx.save_for_backward(gate_up, *rounded[2:])
+        ctx.save_for_backward(w_up, w_out, gate_up, *rounded[2:])
         ctx.up, ctx.out, ctx.arithmetic, ctx.dtype = up, out, arithmetic, x.dtype
-        return arithmetic.multiply((hidden, out.scale_x.reciprocal()), out.copies[:2], arithmetic.dtype, fast=True)
+        w = arithmetic.round_weight(w_out, out)
+        return arithmetic.multiply((hidden, out.scale_x.reciprocal()), w[:2], arithmetic.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        up, out, arithmetic, (gate_up, *x) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
+        up, out, arithmetic, (w_up, w_out, gate_up, *x) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
         d = arithmetic.round(dy, E5M2, out.scale_dy, out.stats_dy)
-        d_hidden = arithmetic.multiply(d[:2], out.copies[2:], gate_up.dtype)
+        d_hidden = arithmetic.multiply(d[:2], arithmetic.round_weight(w_out, out)[2:], gate_up.dtype)
         forward = E4M3, out.scale_x
         d_up, hidden = arithmetic.ops.swiglu_backward_quantize(gate_up, d_hidden, E5M2, up.scale_dy, up.stats_dy, forward)
-        dw_out = arithmetic.multiply(d[2:], (hidden, out.scale_x.reciprocal()), torch.float32)
-        dx = arithmetic.multiply(d_up[:2], up.copies[2:], ctx.dtype)
-        return dx, arithmetic.multiply(d_up[2:], x, torch.float32), dw_out, None, None, None
+        dw_out = arithmetic.multiply(d[2:], (hidden, out.scale_x.reciprocal()), w_out.dtype)
+        dx = arithmetic.multiply(d_up[:2], arithmetic.round_weight(w_up, up)[2:], ctx.dtype)
+        return dx, arithmetic.multiply(d_up[2:], x, w_up.dtype), dw_out, None, None, None
 
 
 class Fp8SwiGLU(nn.Module):
@@ -165,7 +171,7 @@ class Fp8SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, out = self.up, self.out
-        if not self.training or up.own.copies is None:
+        if not self.training:
             return out(self.activation(up(x)))
         rows = x.reshape(-1, x.shape[-1])
         return _SwiGLU.apply(rows, up.weight, out.weight, up.own, out.own, up.arithmetic).view(x.shape)
@@ -205,9 +211,10 @@ class Fp8:
                 block.ffn = Fp8SwiGLU(block.ffn)
         return model
 
-    def attach(self, device: torch.device, sharded: bool) -> None:
-        """When the model has its values; `sharded` weights are rounded whenever they have been gathered."""
-        self._sharded = sharded
+    def attach(self, device: torch.device, sharded: bool, table: Table) -> None:
+        """When the model has its values. `sharded` weights are rounded whenever they have been gathered; `table` brings
+        together what all ranks have measured, as Ranks.table."""
+        self._sharded, self._table = sharded, table
         self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), 2, device=device)
         for linear in self.linears:
             linear.attach(self.arithmetic, self.first_scales, device)
@@ -215,36 +222,41 @@ class Fp8:
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Before the first micro-step: rounds the weights, and forgets what was counted."""
-        if self.active:
-            torch._foreach_zero_(self.statistics())
-            if not self._sharded:
-                self.round_weights()
-
-    def round_weights(self) -> None:
-        scales: list[Tensor | None] = [None] * len(self.linears)
+        """Before the first micro-step: rounds the weights, or finds the scales for it, and forgets what was counted."""
+        if not self.active:
+            return
+        torch._foreach_zero_(self.statistics())
         if self.cfg.fp8_recipe != "block":
-            amax = torch.stack(torch._foreach_norm([linear.weight.detach() for linear in self.linears], torch.inf))
-            scales = list(scale_of(amax, E4M3, self.cfg.fp8_margin, 1.0))
-        for linear, scale in zip(self.linears, scales, strict=True):
-            linear.round_weight(scale)
+            self.set_weight_scales()
+        for linear in self.linears if not self._sharded else ():
+            linear.round_weight()
+
+    def set_weight_scales(self) -> None:
+        weights = [linear.weight.detach() for linear in self.linears]
+        if self._sharded:  # a rank may have no rows
+            weights = [rows if len(rows) else rows.new_zeros(1) for rows in (weight.to_local() for weight in weights)]
+        amax = torch.stack(torch._foreach_norm(weights, torch.inf))
+        if self._sharded:
+            amax = self._table(amax, []).amax(0)
+        scales = scale_of(amax, E4M3, self.cfg.fp8_margin, 1.0)
+        torch._foreach_copy_([linear.own.scale_w for linear in self.linears], list(scales))
 
     def statistics(self) -> list[Tensor]:
         """Of each product, in the order of CLASSES."""
-        return [stats for linear in self.linears for stats in linear.own[3:]]
+        return [stats for linear in self.linears for stats in linear.own[4:]]
 
     @torch.no_grad()
-    def finish_step(self, table: Callable[[Tensor, list[float]], Tensor]) -> Tensor:
+    def finish_step(self) -> Tensor:
         """After the last micro-step: the next step's scales. (3, 2) shares of all values, by CLASSES: saturated, became 0.
 
-        `table` brings together what all ranks have measured, as Ranks.table. Without FP8 (0, 2).
+        Without FP8 (0, 2).
         """
         if not self.active:
             return self.history.new_empty(0, 2)
         stats = torch.stack(self.statistics()).view(-1, 3, 4)  # (L, 3, 4)
         amax = stats[:, ::2, 0].to(torch.int32).view(torch.float32).flatten()  # (2 L,)
         counts = stats[..., 1:].sum(0).float()  # (3, 3)
-        rows = table(torch.cat((amax, counts.flatten())), [])
+        rows = self._table(torch.cat((amax, counts.flatten())), [])
         amax = rows[:, : len(amax)].amax(0).view(-1, 2)
         counts = rows[:, amax.numel() :].sum(0).view(3, 3)
         amax = torch.where(torch.isfinite(amax), amax, 0.0)  # of a step that is skipped
@@ -302,10 +314,6 @@ def why_not(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None
     }
     uneven = [f"{name}={value:,}" for name, value in sides.items() if value % divisor]
     return f"{', '.join(uneven)}: must be a multiple of {divisor} for fp8_recipe={cfg.fp8.fp8_recipe}" if uneven else None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def by_class(shares: list[float]) -> dict[str, Any]:

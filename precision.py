@@ -26,6 +26,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """The context of every forward pass; float32 leaves it off."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -11,7 +11,8 @@ follows from `Part`: the optimizer works on the parts alone, and a checkpoint is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from configurator import Config, ParallelConfig, UserError, nearest
 from memory import GIB, USABLE, first_that_fits, predict_memory
 from optim import Gradients
 from parallel import Ranks
+from precision import dtype_name
 
 if hasattr(dist, "all_gather_single"):
     from torch.distributed import all_gather_single
@@ -205,7 +207,7 @@ class FullyShard(Layout):
 
     def marker_lines(self) -> list[str]:
         both = ["fsdp contains zero1: --use_zero1 adds nothing to it"] if self.cfg.use_zero1 else []
-        least, precision = self.cfg.fsdp_min_num_params, str(self.dtype).removeprefix("torch.")
+        least, precision = self.cfg.fsdp_min_num_params, dtype_name(self.dtype)
         enabled = f"FSDP enabled with min_params={least:,}, mixed_precision={precision}"
         return [*both, "Wrapping model with FSDP...", enabled]
 
@@ -273,18 +275,25 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout
     if size and n % size:
         near = nearest([k for k in range(1, n + 1) if n % k == 0], size)
         raise UserError(f"--hsdp_shard_size={size} does not divide the {n} ranks; the nearest that do: {near}")
-    asked = cfg.parallel.asked
-    name, why = choose_by_memory(cfg, ranks, dtype) if asked == "auto" else (asked, "as asked for")
-    return LAYOUTS[name](ranks, cfg.parallel, dtype), f"{name} over {n} ranks, {why}"
+    on_gpu, asked = ranks.device.type == "cuda", cfg.parallel.asked
+    # The smallest GPU's; a CPU's memory is not predicted.
+    memory_gib = min(ranks.all_of(torch.cuda.get_device_properties(ranks.device).total_memory / GIB)) if on_gpu else math.inf
+    name, why = asked, "as asked for"
+    if asked == "auto":
+        name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
+    parallel = cfg.parallel
+    if parallel.fsdp_accumulate_whole is None:
+        parallel = replace(parallel, fsdp_accumulate_whole=True)
+        use = predict_memory(replace(cfg, parallel=parallel), dtype_name(dtype), "fsdp", n)
+        parallel = replace(parallel, fsdp_accumulate_whole=use.peak <= USABLE * memory_gib * GIB)
+    if name == "fsdp" and steps > n:
+        why += f"; gradients are shared out {'once a step' if parallel.fsdp_accumulate_whole else 'in each micro-step'}"
+    return LAYOUTS[name](ranks, parallel, dtype), f"{name} over {n} ranks, {why}"
 
 
-def choose_by_memory(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[str, str]:
-    """(the first strategy whose predicted peak fits the smallest GPU, why); a collective. A CPU's memory is not predicted."""
-    if ranks.device.type == "cpu":
-        return "ddp", "the default on a CPU"
-    own_gib, precision = torch.cuda.get_device_properties(ranks.device).total_memory / GIB, str(dtype).removeprefix("torch.")
-    memory_gib = min(ranks.all_of(own_gib))
-    name = first_that_fits(cfg, precision, ranks.world_size, memory_gib)
-    peak_gib = predict_memory(cfg, precision, name or "fsdp", ranks.world_size).peak / GIB
+def choose_by_memory(cfg: Config, dtype: torch.dtype, n_ranks: int, memory_gib: float) -> tuple[str, str]:
+    """(the first strategy whose predicted peak fits so much memory, why)."""
+    name = first_that_fits(cfg, dtype_name(dtype), n_ranks, memory_gib)
+    peak_gib = predict_memory(cfg, dtype_name(dtype), name or "fsdp", n_ranks).peak / GIB
     need = f"predicted to need {peak_gib:.1f} of {USABLE * memory_gib:.1f} usable GiB"
     return name or "fsdp", f"the first that fits: {need}" if name else f"though {need}: nothing needs less"

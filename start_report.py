@@ -18,6 +18,7 @@ from data.tokens import Dataset
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from parallel import device_name
 from plan import start_section, three_digits
+from precision import dtype_name
 from sharding import Layout
 from startup import TrainState, compiles, replays_graph
 from training_logger import Throughput
@@ -29,7 +30,7 @@ def start_report(
     """(what the run is, for the console and the log; what turns its step times into MFU)."""
     ranks = state.ranks
     full, causal = flops_per_token(cfg.model), flops_per_token(cfg.model, causal=True)
-    name, precision = device_name(ranks.device), str(dtype).removeprefix("torch.")
+    name, precision = device_name(ranks.device), dtype_name(dtype)
     arithmetic = precision
     if dtype == torch.float32 and peak_tflops(name, "tf32"):
         arithmetic = "tf32"  # what choose_device sets for the products of float32

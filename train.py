@@ -65,7 +65,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     # 3. Model: shapes on meta, then shard, then storage and initialisation, then (below, with a log to say so) compile.
     model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
-    fp8.attach(ranks.device, sharded=layout.name == "fsdp")
+    fp8.attach(ranks.device, layout.name == "fsdp", ranks.table)
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
     optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
@@ -168,7 +168,7 @@ def train_step(run: Run) -> None:
     table = state.ranks.table(loss[None], [run.stop.code, run.readback.own_ms, overdue])  # (ranks, 4)
     with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
     result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments, layout.gradients())
-    fp8_losses = state.fp8.finish_step(state.ranks.table)
+    fp8_losses = state.fp8.finish_step()
     layout.finish()  # what it brings is under way into the next forward pass: nothing else may be exchanged behind it here
     state.loss_scale.update(result.overflow)
     state.step, state.samples = state.step + 1, run.loader.position

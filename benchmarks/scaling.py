@@ -56,7 +56,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     fp8, _ = choose_fp8(cfg, device, dtype, ops)
     model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
-    fp8.attach(device, sharded=layout.name == "fsdp")
+    fp8.attach(device, layout.name == "fsdp", ranks.table)
     parameter_bytes = allocated() - start_bytes
     optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
     optimizer_bytes = allocated() - start_bytes - parameter_bytes
@@ -74,13 +74,13 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
         gradients = layout.gradients()
         gradient_bytes = sum(g.nbytes for g in gradients.tensors)
         update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
-        fp8.finish_step(ranks.table)
+        fp8.finish_step()
         layout.finish()
 
+    if on_gpu:  # before the first steps: what a CUDA graph has set aside for itself no later step allocates
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(WARMUP_STEPS):
         step()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     times_ms = step_times_ms(step, n_steps, device)
     peak_bytes = torch.cuda.max_memory_allocated() - start_bytes if on_gpu else 0
     split = {"parameters": parameter_bytes, "gradients": gradient_bytes, "optimizer": optimizer_bytes}

@@ -50,9 +50,9 @@ def build(recipe: str = "delayed", **knobs: object) -> tuple[Transformer, Fp8]:
     )
     fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE)
     model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
-    fp8.attach(CPU, sharded=False)
+    fp8.attach(CPU, False, table)
     backward(model)
-    fp8.finish_step(table)
+    fp8.finish_step()
     fp8.begin_step()
     return model, fp8
 
@@ -145,7 +145,7 @@ def test_recomputing_a_block_changes_nothing(recipe: str) -> None:
     plain, recomputed = build(recipe), build(recipe, gradient_checkpointing=True)
     for (loss, gradients), (other_loss, others) in [(backward(plain[0]), backward(recomputed[0]))]:
         assert loss == other_loss and all(map(torch.equal, gradients, others))
-    plain[1].finish_step(table), recomputed[1].finish_step(table)
+    plain[1].finish_step(), recomputed[1].finish_step()
     assert torch.equal(plain[1].history, recomputed[1].history)
 
 
@@ -198,20 +198,21 @@ def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
     linear, scales = fp8.linears[0], []
     for amax in (4.0, 2.0, 1.0, torch.nan, 0.0, 0.0):
         linear.own.stats_x[0] = torch.tensor(amax).view(torch.int32).long()
-        fp8.finish_step(table)
+        fp8.finish_step()
         scales.append(linear.own.scale_x.item())
     first = fp8.first_scales[0]
     assert scales == [448 / 2 / 4, 448 / 2 / 4, 448 / 2 / 2, 448 / 2 / 1, first, first]
 
 
 def test_ranks_share_what_they_measured() -> None:
-    _, fp8 = build()
-    backward(build()[0])
-    fp8.finish_step(lambda figures, _: torch.stack([figures, 2 * figures]))
-    one = fp8.history[0].clone()
-    _, alone = build()
-    alone.finish_step(table)
-    assert torch.equal(one, 2 * alone.history[0])
+    histories = []
+    for of_all in (table, lambda figures, _: torch.stack([figures, 2 * figures])):
+        model, fp8 = build()
+        fp8.attach(CPU, False, of_all)
+        backward(model)
+        fp8.finish_step()
+        histories.append(fp8.history[0])
+    assert torch.equal(2 * histories[0], histories[1]) and histories[0].all()
 
 
 def test_shares_are_named_and_warned_of() -> None:
@@ -347,4 +348,4 @@ def test_two_ranks_train_as_one(runs: Runs, parallel: str) -> None:
 def test_the_config_of_a_run_without_fp8_does_nothing() -> None:
     fp8, lines = choose_fp8(Config(), CPU, torch.float32, REFERENCE)
     model = Transformer(dataclasses.replace(ModelConfig(**SHAPE)))
-    assert lines == [] and fp8.convert(model) is model and fp8.tensors() == {} and len(fp8.finish_step(table)) == 0
+    assert lines == [] and fp8.convert(model) is model and fp8.tensors() == {} and len(fp8.finish_step()) == 0

@@ -20,7 +20,7 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 MAY_IMPORT = {
     "train": """startup checkpoint configurator data evaluation flops fp8 micro_step model optim parallel plan precision
         profiling sharding start_report training_logger""",
-    "start_report": "checkpoint configurator data flops parallel plan sharding startup training_logger",
+    "start_report": "checkpoint configurator data flops parallel plan precision sharding startup training_logger",
     "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel
         precision pretrained profiling sharding training_logger""",
     "evaluation": "configurator data generation hellaswag model parallel precision",
@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "micro_step": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
-    "fp8": "configurator kernels",
-    "sharding": "configurator memory optim parallel",
+    "fp8": "configurator kernels precision",
+    "sharding": "configurator memory optim parallel precision",
     "parallel": "configurator",
     "optim": "configurator",
     "flops": "configurator",
