@@ -147,7 +147,11 @@ def report(figures: dict[str, list[dict[str, Any]]], args: argparse.Namespace, c
         same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
         print(f"the first {same} of {args.tokens} greedy tokens are the same")
     if args.json:
-        Path(args.json).write_text(json.dumps({"device": device, "options": vars(args), "contestants": figures}) + "\n")
+        options = {name: vars(args)[name] for name in ("batch", "prompt", "tokens", "temperature")}
+        kept = {
+            name: [{key: each[key] for key in each if key != "tokens"} for each in rounds] for name, rounds in figures.items()
+        }
+        Path(args.json).write_text(json.dumps({"device": device, "options": options, "contestants": kept}, indent=1) + "\n")
 
 
 def median_s(rounds: list[dict[str, Any]]) -> float:
