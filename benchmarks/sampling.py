@@ -151,7 +151,7 @@ def report(figures: dict[str, list[dict[str, Any]]], args: argparse.Namespace, c
         kept = {
             name: [{key: each[key] for key in each if key != "tokens"} for each in rounds] for name, rounds in figures.items()
         }
-        Path(args.json).write_text(json.dumps({"device": device, "options": options, "contestants": kept}, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps({"device": device, "options": options, "contestants": figures}, indent=1) + "\n")
 
 
 def median_s(rounds: list[dict[str, Any]]) -> float:
