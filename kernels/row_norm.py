@@ -7,12 +7,15 @@ With s = x (+ residual), m = mean(s) (0 for RMSNorm), r = 1 / sqrt(mean((s - m)^
               d_weight = sum of dy z over the rows, d_bias = sum of dy over the rows
 
 Memory traffic is all that they cost, so each tensor passes once. A row is two blocks of columns, each a power of two as Triton
-wants it, the first one full: 2,304 = 2,048 + 256, where one block under a mask would idle 1,792 of 4,096 lanes. Backwards a
-program walks over every P-th tile, keeps its part of the weight gradients in registers and writes it once; `_sum_partials`
-adds the parts in a fixed order. So two runs on the same GPU agree bit for bit. Beyond 8,192 columns a row with
-its gradients no longer fits into the registers: right, but slower.
+wants it, the first one full: 2,304 = 2,048 + 256, where one block under a mask would idle 1,792 of 4,096 lanes. Forwards a
+narrow row belongs to one warp, which adds it up without a barrier: Triton spreads the last dimension of a tile over the lanes
+first and then, before the middle one, the first over the warps, so that a block of (R, N, K) with K columns for 32 lanes gives
+every lane 16 bytes of each of the N chunks. Backwards a program walks over every P-th tile, keeps its part of the weight
+gradients in registers and writes it once; `_sum_partials` adds the parts in a fixed order. So two runs on the same GPU agree
+bit for bit. Beyond 8,192 columns a row with its gradients no longer fits into the registers: right, but slower.
 
-Legend: M rows, C columns of a row, A and B columns of its two blocks, R rows of a tile, P programs.
+Legend: M rows, C columns of a row, A and B columns of its two blocks, K of a chunk of them, N chunks, R rows of a tile,
+P programs.
 """
 
 from __future__ import annotations
@@ -27,7 +30,19 @@ from torch import Tensor
 from kernels.inputs import as_rows, check_devices, check_dtypes
 
 MAX_WIDTH = 65_536
+NARROW = 1024  # columns, up to which a warp of the forward kernel has a whole row
 SUM_ROWS, SUM_COLUMNS = 32, 16  # of the tiles in which partial sums are added up
+
+
+@triton.jit
+def _row_sum(a, b):
+    """(R, N, K) of each block -> (R, 1, 1). Where the K are the same, the lanes exchange one sum for both."""
+    a, b = tl.sum(a, 1, keep_dims=True), tl.sum(b, 1, keep_dims=True)  # (R, 1, K)
+    if a.shape[2] == b.shape[2]:
+        total = tl.sum(a + b, 2, keep_dims=True)
+    else:
+        total = tl.sum(a, 2, keep_dims=True) + tl.sum(b, 2, keep_dims=True)
+    return total
 
 
 @triton.jit
@@ -48,18 +63,27 @@ def _forward(
     C: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
+    K: tl.constexpr,
     R: tl.constexpr,
 ):
-    a, b = tl.arange(0, A)[None, :], A + tl.arange(0, B)[None, :]  # (1, A), (1, B)
-    # Asked for before the row, not where it is needed: behind the sums nothing would hide its latency.
+    KA: tl.constexpr = min(A, K)
+    KB: tl.constexpr = min(B, K)
+    # As large as the row's tiles, so that they get the same layout.
+    a = tl.arange(0, A // KA)[None, :, None] * KA + tl.arange(0, KA)[None, None, :]
+    b = tl.arange(0, B // KB)[None, :, None] * KB + tl.arange(0, KB)[None, None, :] + A
+    a, b = tl.broadcast_to(a, (R, A // KA, KA)), tl.broadcast_to(b, (R, B // KB, KB))
+    # Asked for before the row, not where it is needed: behind the sums nothing would hide its latency. The assembler moves loads
+    # there all the same, to save registers, but not across a barrier. One warp with a wide row needs those registers.
     weight_a = tl.load(weight + a).to(tl.float32)
     weight_b = tl.load(weight + b, b < C, 0.0).to(tl.float32)
-    row = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # (R, 1)
+    if R > 1:
+        tl.debug_barrier()
+    row = tl.program_id(0) * R + tl.arange(0, R)[:, None, None]  # (R, 1, 1)
     in_a = row < M
     in_b = in_a & (b < C)
     row = row.to(tl.int64)  # a large tensor has more than 2^31 elements
-    s_a = tl.load(x + row * x_stride + a, in_a, 0.0)  # (R, A)
-    s_b = tl.load(x + row * x_stride + b, in_b, 0.0)  # (R, B)
+    s_a = tl.load(x + row * x_stride + a, in_a, 0.0)  # (R, A / KA, KA)
+    s_b = tl.load(x + row * x_stride + b, in_b, 0.0)  # (R, B / KB, KB)
     if residual is not None:
         s_a = (s_a.to(tl.float32) + tl.load(residual + row * residual_stride + a, in_a, 0.0).to(tl.float32)).to(s_a.dtype)
         s_b = (s_b.to(tl.float32) + tl.load(residual + row * residual_stride + b, in_b, 0.0).to(tl.float32)).to(s_b.dtype)
@@ -67,17 +91,18 @@ def _forward(
         tl.store(total + row * C + b, s_b, in_b)
     z_a, z_b = s_a.to(tl.float32), s_b.to(tl.float32)
     if not RMS:
-        m = (tl.sum(z_a, 1, keep_dims=True) + tl.sum(z_b, 1, keep_dims=True)) / C  # (R, 1)
+        m = _row_sum(z_a, z_b) / C  # (R, 1, 1)
         z_a, z_b = z_a - m, tl.where(in_b, z_b - m, 0.0)
-        tl.store(mean + row, m, in_a)
-    r = 1 / tl.sqrt((tl.sum(z_a * z_a, 1, keep_dims=True) + tl.sum(z_b * z_b, 1, keep_dims=True)) / C + eps)  # (R, 1)
-    tl.store(rstd + row, r, in_a)
+    r = tl.rsqrt(_row_sum(z_a * z_a, z_b * z_b) / C + eps)  # (R, 1, 1)
     y_a, y_b = z_a * r * weight_a, z_b * r * weight_b
     if bias is not None:
         y_a += tl.load(bias + a).to(tl.float32)
         y_b += tl.load(bias + b, b < C, 0.0).to(tl.float32)
     tl.store(y + row * C + a, y_a.to(s_a.dtype), in_a)
     tl.store(y + row * C + b, y_b.to(s_b.dtype), in_b)
+    if not RMS:
+        tl.store(mean + row, m, in_a)
+    tl.store(rstd + row, r, in_a)
 
 
 @triton.jit
@@ -168,13 +193,24 @@ def _sum_partials(
     tl.store(out + column, tl.sum(total, 0, keep_dims=True).to(out.dtype.element_ty), column < C)
 
 
-class Plan(NamedTuple):
-    """How a kernel is laid over the device."""
+class ForwardPlan(NamedTuple):
+    """How the forward kernel is laid over the device."""
+
+    first: int  # columns of a row's two blocks
+    second: int
+    chunk: int  # columns, no more than the first block's
+    rows: int  # of a tile
+    warps: int
+    programs: int
+
+
+class BackwardPlan(NamedTuple):
+    """How the backward kernel is."""
 
     rows: int  # of a tile
     warps: int
     programs: int
-    ahead: int = 0  # tiles that a program loads ahead of the one at work
+    ahead: int  # tiles that a program loads ahead of the one at work
 
 
 def blocks(width: int) -> tuple[int, int]:
@@ -192,18 +228,23 @@ def warps_for(width: int, columns_per_warp: int) -> int:
     return min(32, triton.next_power_of_2(triton.cdiv(width, columns_per_warp)))
 
 
-def forward_plan(n_rows: int, width: int, one_pass: bool) -> Plan:
+def forward_plan(n_rows: int, width: int, element_bytes: int, one_pass: bool) -> ForwardPlan:
     """One tile a program.
 
-    Where a row is added up twice (LayerNorm), or what it gives is written twice, one warp has up to 2,304 columns and waits at no
-    barrier; RMSNorm alone, `one_pass`, is quicker with more loads under way.
+    A narrow row belongs to one warp of four, or to a part of one. Where a wider one is added up twice (LayerNorm), or what it
+    gives is written twice, one warp has up to 2,304 columns and waits at no barrier; RMSNorm alone, `one_pass`, is quicker with
+    more loads under way.
     """
-    rows = tile_rows(width)
+    first, second = blocks(width)
+    if width <= NARROW:
+        chunk = min(512 // element_bytes, first)  # 16 bytes for each of 32 lanes
+        rows = 4 * 512 // (chunk * element_bytes)
+        return ForwardPlan(first, max(second, chunk), chunk, rows, 4, triton.cdiv(n_rows, rows))
     warps = 1 if width <= 2304 and not one_pass else warps_for(width, 1024)
-    return Plan(rows, warps, triton.cdiv(n_rows, rows))
+    return ForwardPlan(first, second, first, 1, warps, n_rows)
 
 
-def backward_plan(s: Tensor, n_rows: int) -> Plan:
+def backward_plan(s: Tensor, n_rows: int) -> BackwardPlan:
     """Few programs, because each one writes partial sums: tiles that are loaded ahead hide the memory's latency instead.
 
     A multiprocessor works on 16 KiB of each tensor, up to 5 tiles, while 32 KiB of each (of three, where fused) are on the way.
@@ -214,7 +255,7 @@ def backward_plan(s: Tensor, n_rows: int) -> Plan:
     multiprocessors = torch.cuda.get_device_properties(s.device).multi_processor_count if s.is_cuda else 1
     resident = min(5, max(1, 16_384 // tile_bytes))
     ahead = min(3, 32_768 // (resident * tile_bytes))
-    return Plan(rows, warps_for(width, 1024), min(multiprocessors * resident, triton.cdiv(n_rows, rows)), ahead)
+    return BackwardPlan(rows, warps_for(width, 1024), min(multiprocessors * resident, triton.cdiv(n_rows, rows)), ahead)
 
 
 @torch.library.custom_op("nanotrain::row_norm", mutates_args=())
@@ -228,13 +269,13 @@ def row_norm(
     total, y, mean, rstd = row_norm_outputs(x, residual, weight, bias, eps, rms)
     rows = as_rows(x)
     residual_rows = None if residual is None else as_rows(residual)
-    plan = forward_plan(len(rows), x.shape[-1], rms and residual is None)
+    plan = forward_plan(len(rows), x.shape[-1], x.element_size(), rms and residual is None)
     if len(rows):
         with torch.cuda.device_of(x):
             _forward[(plan.programs,)](
                 rows, residual_rows, weight.contiguous(), None if bias is None else bias.contiguous(), total, y, mean, rstd,
                 len(rows), rows.stride(0), 0 if residual_rows is None else residual_rows.stride(0), eps,
-                rms, x.shape[-1], *blocks(x.shape[-1]), plan.rows, num_warps=plan.warps,
+                rms, x.shape[-1], plan.first, plan.second, plan.chunk, plan.rows, num_warps=plan.warps,
             )  # fmt: skip
     return total, y, mean, rstd
 

@@ -179,6 +179,18 @@ def test_variance_does_not_cancel(normal):
     assert_close([layer_norm(x, weight, None, EPS)], [want], 1e-3)
 
 
+@pytest.mark.parametrize("width", (100, 384, 768, 2304))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("name", ("rms_norm", "layer_norm_nobias"))
+def test_rows_that_are_hard_to_add_up(name, dtype, width, normal):
+    x, weight = normal(8, width), normal(width)
+    x[0, 0], x[1, -1] = 100, 100
+    x[2], x[3] = 3, 0
+    x[4] += 1e3
+    x[5] *= 1e-4
+    assert_exact(name, [x.to(dtype), weight], [normal(8, width, dtype=dtype)])
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_two_runs_agree_bit_for_bit(name, normal):
     _, _, residual, n_weights = FUNCTIONS[name]
@@ -258,6 +270,17 @@ def test_bad_input_is_named(changed, message, device):
         good["residual"] = changed["x"]
     with pytest.raises(ValueError, match=message):
         add_layer_norm(**{name: t if t.is_meta else t.to(device) for name, t in (good | changed).items()}, eps=EPS)
+
+
+@pytest.mark.parametrize("element_bytes", (2, 4))
+@pytest.mark.parametrize("width", (1, 2, 3, 17, 384, 768, 1024, 1025, 2304, 4096, 5000, row_norm.MAX_WIDTH))
+def test_the_forward_plan_covers_every_column_once(width, element_bytes):
+    plan = row_norm.forward_plan(1001, width, element_bytes, True)
+    assert plan.first <= width <= plan.first + plan.second or width == 1
+    assert plan.first % plan.chunk == 0 and plan.second % min(plan.second, plan.chunk) == 0
+    assert plan.rows * (plan.programs - 1) < 1001 <= plan.rows * plan.programs
+    if width <= row_norm.NARROW:  # the rows fill the four warps' lanes with 16 bytes each
+        assert plan.rows * plan.chunk * element_bytes == 4 * 32 * 16
 
 
 @pytest.mark.parametrize(
