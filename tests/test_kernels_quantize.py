@@ -37,7 +37,7 @@ def assert_equals_reference(x: Tensor, dtype: torch.dtype, scale: float | None) 
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(again, got, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (16, 48), (130, 144), (256, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3), (16, 48), (132, 144), (256, 16)], ids=str)
 @pytest.mark.parametrize(("fp8", "scale"), [(E4M3, 16.0), (E5M2, 2.0**11)], ids=str)
 def test_one_scale(shape: tuple[int, int], fp8: torch.dtype, scale: float) -> None:
     """The scale makes some numbers too large."""
@@ -101,6 +101,7 @@ def test_products_of_the_hardware_are_the_emulated_ones(recipe: str, M: int, N: 
     ("x", "dtype", "scale", "message"),
     [
         (torch.zeros(4), E4M3, 1.0, "x: expected a matrix"),
+        (torch.zeros(6, 4), E4M3, 1.0, "x: expected a multiple of 4 rows"),
         (torch.zeros(4, 4).long(), E4M3, 1.0, "x: expected float32"),
         (torch.zeros(4, 4, device="meta"), E4M3, 1.0, "x: expected a tensor on"),
         (torch.zeros(4, 4), torch.int8, 1.0, "dtype: expected float8"),

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # A last bit of float32 may decide a rounding; the interpreter moreover does not carry into the exponent where it rounds up.
 DIFFERING = 0.08 if DEVICE == "cpu" else 0.002  # largest share of the values
-SHAPES = [(1, 2), (16, 32), (70, 2 * 80), (128, 2 * 48)]
+SHAPES = [(4, 2), (16, 32), (72, 2 * 80), (128, 2 * 48)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -37,7 +37,7 @@ def assert_counts_agree(stats: Tensor, true_stats: Tensor) -> None:
     assert stats[3] == true_stats[3] and (stats[1:3] - true_stats[1:3]).abs().max() <= 2 + 0.02 * stats[3]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (70, 2 * 80), *SHAPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, scale = 3 * normal(*shape, dtype=dtype), torch.tensor(60.0, device=DEVICE)
@@ -81,6 +81,7 @@ def test_strides() -> None:
         (torch.zeros(4, 5), None, "gate_up: expected a matrix with an even"),
         (torch.zeros(4, 4).long(), None, "gate_up: expected float32"),
         (torch.zeros(4, 4), torch.zeros(4, 4), "dy: expected half the columns"),
+        (torch.zeros(6, 4), torch.zeros(6, 2), "gate_up: expected a multiple of 4 rows"),
     ],
     ids=str,
 )
