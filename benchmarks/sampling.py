@@ -148,9 +148,8 @@ def report(figures: dict[str, list[dict[str, Any]]], args: argparse.Namespace, c
         print(f"the first {same} of {args.tokens} greedy tokens are the same")
     if args.json:
         options = {name: vars(args)[name] for name in ("batch", "prompt", "tokens", "temperature")}
-        kept = {
-            name: [{key: each[key] for key in each if key != "tokens"} for each in rounds] for name, rounds in figures.items()
-        }
+        for each in itertools.chain(*figures.values()):
+            del each["tokens"]
         Path(args.json).write_text(json.dumps({"device": device, "options": options, "contestants": figures}, indent=1) + "\n")
 
 
