@@ -4,8 +4,8 @@
 
 Hopper multiplies FP8 only where both operands have the summed axis last: the forward product and the input's gradient want
 rows, the weight's gradient wants columns. A program has one tile, which is transposed through shared memory, so that
-both are written in whole sectors. A thread has four rows at once, whose bytes are packed to a word of a column before that: a
-quarter of the traffic in shared memory. Where each FP8_BLOCK elements have a scale of their own, it depends on nothing but the
+both are written in whole sectors. A thread has four rows at once, whose bytes are packed to a word of a column before that:
+shared memory has no single bytes to move. Where each FP8_BLOCK elements have a scale of their own, it depends on nothing but the
 tile. Statistics are added up in memory, by the few programs that have something to add.
 
 The assembler that comes with Triton 3.6 to 3.8, of CUDA 12, gives wrong bytes where numbers that were rounded once are both
