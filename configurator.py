@@ -225,7 +225,7 @@ class ParallelConfig:
     use_fsdp: bool = False  # the same as parallel=fsdp: each rank keeps a part of parameters, gradients and AdamW's state
     fsdp_min_num_params: int = 1_000_000  # fsdp: blocks of so many parameters are gathered one by one, smaller ones with the rest
     fsdp_reshard_after_forward: bool = True  # fsdp: free a block's parameters until its backward pass: less memory, more traffic
-    fsdp_accumulate_whole: bool | None = None  # fsdp: reduce gradients once a step, not every micro-step; none: if there is room
+    fsdp_accumulate_whole: bool | None = None  # fsdp: exchange once a step, not every micro-step; none: if memory allows it
     hsdp_shard_size: int = 0  # fsdp: shard over so many ranks (those of a node) and replicate across; 0 shards over all
     start_timeout_s: float = 1800.0  # longest wait of one rank for another until the loop begins (reading data, compilation)
     step_timeout_s: float = 600.0  # the same from then on; a rank that hangs ends the job after this time

@@ -48,6 +48,8 @@ class MemoryUse:
 def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ranks: int = 1) -> MemoryUse:
     """The peak of a training step, weights and AdamW in float32, products in `dtype`; vocab_size must be known.
 
+    fsdp is taken to exchange in every micro-step, unless the knob says otherwise.
+
     Two moments can be the highest. When the backward pass begins, all activations and the logits are there; gradients only where
     an earlier micro-step has left some. When it ends, activations are gone and all gradients there, with what is on its way to
     them: a whole compiled model hands over all at once, among several ranks a unit does.
@@ -61,7 +63,7 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     if strategy == "fsdp":
         if parallel.fsdp_accumulate_whole and accumulates:
             gradients += 4 * n
-        copies, arriving = fsdp_in_flight(cfg, width)
+        copies, arriving = fsdp_in_flight(cfg, width, ranks)
     else:
         copies, arriving = weight_copies(m, width), 4 * unit_parameters(m) if ranks > 1 else gradients * accumulates
     activations = tokens * kept_per_token(cfg, dtype)
@@ -109,7 +111,7 @@ def weight_copies(m: ModelConfig, width: int) -> int:
     return width * (m.vocab_size * m.n_embd if m.gradient_checkpointing else count_parameters(m).matmul)
 
 
-def fsdp_in_flight(cfg: Config, width: int) -> tuple[int, int]:
+def fsdp_in_flight(cfg: Config, width: int, ranks: int) -> tuple[int, int]:
     """(bytes of gathered weights when the backward pass begins, and of a unit's weights and gradients inside it).
 
     The root, which is embeddings and head, is gathered by then; of blocks that reshard, one is in use and one on its way. The
@@ -118,7 +120,9 @@ def fsdp_in_flight(cfg: Config, width: int) -> tuple[int, int]:
     m, total, unit = cfg.model, count_parameters(cfg.model).total, unit_parameters(cfg.model)
     if unit < cfg.parallel.fsdp_min_num_params:
         return width * total, (width + 4) * total
-    root, n_gathered = total - m.n_layer * unit, min(2, m.n_layer) if cfg.parallel.fsdp_reshard_after_forward else m.n_layer
+    accumulates = cfg.data.gradient_accumulation_steps > ranks
+    keeps = not cfg.parallel.fsdp_reshard_after_forward or (cfg.parallel.fsdp_accumulate_whole and accumulates)
+    root, n_gathered = total - m.n_layer * unit, m.n_layer if keeps else min(2, m.n_layer)
     gathered = width * (root + n_gathered * unit)
     return gathered, gathered + (width + 4) * max(root, unit)
 

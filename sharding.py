@@ -222,7 +222,7 @@ class FullyShard(Layout):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.dtype != torch.float32:
             policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        reshard = self.cfg.fsdp_reshard_after_forward
+        reshard = self.cfg.fsdp_reshard_after_forward and not self.cfg.fsdp_accumulate_whole
         for unit in model.shard_units():
             if sum(p.numel() for p in unit.parameters()) >= self.cfg.fsdp_min_num_params:
                 fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -241,7 +241,9 @@ class FullyShard(Layout):
         return Part(parameter, parameter.detach().to_local(), first_row_of(parameter), copies)
 
     def begin(self, is_last: bool) -> None:
-        self.model.set_requires_gradient_sync(is_last or not self.cfg.fsdp_accumulate_whole)
+        exchange = is_last or not self.cfg.fsdp_accumulate_whole
+        self.model.set_requires_gradient_sync(exchange)
+        self.model.set_reshard_after_backward(exchange)  # until then weights stay gathered
 
     def gradients(self) -> Gradients:
         parts = [part for part in self.parts.values() if len(part.rows)]  # AdamW passes over what has no gradient
@@ -281,13 +283,13 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout
     name, why = asked, "as asked for"
     if asked == "auto":
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
-    parallel = cfg.parallel
-    if parallel.fsdp_accumulate_whole is None:
-        parallel = replace(parallel, fsdp_accumulate_whole=True)
-        use = predict_memory(replace(cfg, parallel=parallel), dtype_name(dtype), "fsdp", n)
-        parallel = replace(parallel, fsdp_accumulate_whole=use.peak <= USABLE * memory_gib * GIB)
+    parallel = replace(cfg.parallel, fsdp_accumulate_whole=False)
     if name == "fsdp" and steps > n:
-        why += f"; gradients are shared out {'once a step' if parallel.fsdp_accumulate_whole else 'in each micro-step'}"
+        whole = replace(parallel, fsdp_accumulate_whole=True)
+        fits = predict_memory(replace(cfg, parallel=whole), dtype_name(dtype), "fsdp", n).peak <= USABLE * memory_gib * GIB
+        if fits if cfg.parallel.fsdp_accumulate_whole is None else cfg.parallel.fsdp_accumulate_whole:
+            parallel = whole
+        why += f", exchanging {'once a step' if parallel is whole else 'in each micro-step'}"
     return LAYOUTS[name](ranks, parallel, dtype), f"{name} over {n} ranks, {why}"
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels.inputs import as_rows, check_devices, check_dtypes
 
 MAX_WIDTH = 65_536
-NARROW = 1024  # columns, up to which a warp of the forward kernel has a whole row
+NARROW = 1280  # columns, up to which a warp of the forward kernel has a whole row
 SUM_ROWS, SUM_COLUMNS = 32, 16  # of the tiles in which partial sums are added up
 
 

@@ -21,7 +21,7 @@ from kernels.quantize import FP8_DTYPES, INTERPRETED, Tile, clamp, count, fp8_li
 from kernels.reference import Quantized
 
 FORWARD_TILE = Tile(8, 512, 4)
-BACKWARD_TILE = Tile(32, 64, 4)
+BACKWARD_TILE = Tile(32, 64, 2)
 
 
 @triton.jit

@@ -145,12 +145,13 @@ def test_fsdp_that_keeps_its_weights_gathered_needs_them_all():
     assert resharded.weight_copies < kept.weight_copies == one_unit.weight_copies == whole
 
 
-def test_fsdp_may_add_up_whole_gradients():
+def test_fsdp_may_exchange_once_a_step():
     def use(*knobs: str):
         return predict_memory(load_config([*LLAMA, *knobs]), "bfloat16", "fsdp", 8)
 
     n, reduced, whole = count_parameters(load_config(LLAMA).model).total, use(), use("--fsdp_accumulate_whole")
-    assert whole.gradients - reduced.gradients == whole.peak - reduced.peak == 4 * n
+    assert whole.gradients - reduced.gradients == 4 * n and whole.weight_copies == 2 * n
+    assert whole.peak - reduced.peak == 4 * n + whole.weight_copies - reduced.weight_copies
     # With one micro-step a rank nothing is added up.
     assert use("--fsdp_accumulate_whole", "--gradient_accumulation_steps=8").gradients == reduced.gradients
 
