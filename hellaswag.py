@@ -39,7 +39,7 @@ from data.source import download_once
 from data.tokenizer import Tokenizer
 from model import KVCache, Transformer
 from parallel import Ranks, ending_together, start_ranks
-from precision import choose_dtype
+from precision import choose_dtype, dtype_name
 from pretrained import Pretrained, load_model, open_pretrained
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
         scores = log_likelihoods(load_model(source, ranks.device, dtype, ops), questions, ranks)
         assert scores is not None, "nothing stops it"
         if ranks.is_main:
-            print(f"{source.name}, {str(dtype).removeprefix('torch.')}: {score_of(scores, questions)}")
+            print(f"{source.name}, {dtype_name(dtype)}: {score_of(scores, questions)}")
             print(f"{time.perf_counter() - t0_s:.1f} s on {ranks.world_size} x {ranks.device.type}", file=sys.stderr)
     return 0
 
