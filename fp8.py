@@ -215,6 +215,7 @@ class Fp8:
         """When the model has its values. `sharded` weights are rounded whenever they have been gathered; `table` brings
         together what all ranks have measured, as Ranks.table."""
         self._sharded, self._table = sharded, table
+        self._weights = [linear.weight for linear in self.linears]  # where they are gathered the layers have others
         self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), 2, device=device)
         for linear in self.linears:
             linear.attach(self.arithmetic, self.first_scales, device)
@@ -232,7 +233,7 @@ class Fp8:
             linear.round_weight()
 
     def set_weight_scales(self) -> None:
-        weights = [linear.weight.detach() for linear in self.linears]
+        weights = [weight.detach() for weight in self._weights]
         if self._sharded:  # a rank may have no rows
             weights = [rows if len(rows) else rows.new_zeros(1) for rows in (weight.to_local() for weight in weights)]
         amax = torch.stack(torch._foreach_norm(weights, torch.inf))

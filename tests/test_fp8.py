@@ -335,7 +335,14 @@ def test_a_run_goes_from_one_precision_to_the_other(runs: Runs) -> None:
 @pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
 def test_two_ranks_train_as_one(runs: Runs, parallel: str) -> None:
     """The ranks agree on scales, so one set is in the checkpoint."""
-    flags = (*FP8, "--max_iters=4", "--fsdp_min_num_params=1")
+    flags = (
+        *FP8,
+        "--max_iters=4",
+        "--fsdp_min_num_params=1",
+        "--gradient_accumulation_steps=4",
+        "--eval_interval=1",
+        "--eval_iters=1",
+    )
     runs.run_ranks(2, "two", *flags, f"--parallel={parallel}")
     runs.run("one", *flags)
     one, two = runs.losses("one"), runs.losses("two")
