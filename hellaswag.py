@@ -223,8 +223,9 @@ def log_likelihoods(
             with precision():
                 found = score_batch(model, batch, ranks.device)
             if number < len(batches):
-                for question, row in zip(batch, found, strict=True):
-                    scores[question.item, question.first : question.first + len(row)] = row
+                places = torch.tensor([[question.item, question.first] for question in batch], device=ranks.device)
+                columns = places[:, 1:] + torch.arange(found.shape[1], device=ranks.device)
+                scores[places[:, :1], columns] = found.double()
     finally:
         model.train(was_training)
     return ranks.sum_(scores).cpu().numpy()
