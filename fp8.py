@@ -3,10 +3,10 @@
     y = x W^T                    x and W in e4m3 (4 exponent bits, up to 448), dy in e5m2 (5, up to 57,344)
     dx = dy W,  dW = dy^T x      (Micikevicius et al. 2022, "FP8 formats for deep learning")
 
-FP8_PRODUCTS run so in training; head, embeddings, norms, attention's own products and every evaluation stay in the run's dtype.
-Weights remain float32 and are rounded once a step. A tensor with one scale is multiplied by 2^-margin largest / amax, with the
-amax of the last steps (`delayed`: one pass over the tensor) or its own (`current`: two). With `block` every 128 elements have a
-scale of their own (DeepSeek-V3, section 3.3.2).
+FP8_PRODUCTS run so in training; head, embeddings, norms, attention's own products and every evaluation stay in the run's
+dtype. Weights remain float32 and are rounded once a step (under fsdp wherever a gathered one is used). A tensor with one
+scale is multiplied by 2^-margin largest / amax, with the amax of the last steps (`delayed`: one pass over the tensor) or its
+own (`current`: two). With `block` every 128 elements have a scale of their own (DeepSeek-V3, section 3.3.2).
 
 Shapes: M tokens, K inputs and N outputs of a product; L products in all.
 """
@@ -56,7 +56,7 @@ class Arithmetic:
         return self.ops.quantize(x, dtype, scale, stats)
 
     def round_weight(self, weight: Tensor, own: Operands) -> Quantized:
-        """A weight that was gathered just now, unless this rank has it rounded all along."""
+        """A gathered weight, unless this rank has it rounded all along."""
         return own.copies or self.ops.quantize(weight, E4M3, own.scale_w, own.stats_w)
 
     def multiply(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ keep, and tests/test_memory.py holds it to that choice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from configurator import Config, ModelConfig
@@ -48,7 +48,7 @@ class MemoryUse:
 def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ranks: int = 1) -> MemoryUse:
     """The peak of a training step, weights and AdamW in float32, products in `dtype`; vocab_size must be known.
 
-    fsdp is taken to exchange in every micro-step, unless the knob says otherwise.
+    fsdp is taken to exchange in every micro-step, unless the knob says otherwise (`settled`).
 
     Two moments can be the highest. When the backward pass begins, all activations and the logits are there; gradients only where
     an earlier micro-step has left some. When it ends, activations are gone and all gradients there, with what is on its way to
@@ -75,6 +75,15 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     at_start = gradients * accumulates + copies + activations + max(logits, inside)
     peak = parameters + optimizer + max(at_start, gradients + arriving)
     return MemoryUse(parameters, gradients, optimizer, copies, activations, logits, peak)
+
+
+def settled(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Config:
+    """`cfg` with fsdp_accumulate_whole decided: by a GPU's memory where it is left to that, and never with one micro-step."""
+    whole, reduced = (replace(cfg, parallel=replace(cfg.parallel, fsdp_accumulate_whole=each)) for each in (True, False))
+    wanted = cfg.parallel.fsdp_accumulate_whole
+    if wanted is None:
+        wanted = predict_memory(whole, dtype, "fsdp", ranks).peak <= USABLE * memory_gib * GIB
+    return whole if wanted and cfg.data.gradient_accumulation_steps > ranks else reduced
 
 
 def first_that_fits(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Strategy | None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from configurator import Config, UserError, load_config, nearest
 from flops import PEAKS, Precision, count_parameters, flops_per_token, loss_prediction, peak_tflops
-from memory import GIB, GPU_MEMORY_GIB, USABLE, MemoryUse, Strategy, first_that_fits, predict_memory, strategies_of
+from memory import GIB, GPU_MEMORY_GIB, USABLE, MemoryUse, Strategy, first_that_fits, predict_memory, settled, strategies_of
 from pretrained import with_pretrained
 
 DEFAULT_GPU = "H200"
@@ -137,17 +137,17 @@ def dtype_on(name: str, dtype: str) -> Precision:
 
 def memory_table(cfg: Config, dtype: Precision, gpus: int, memory_gib: float) -> list[str]:
     """A line for each strategy: GiB of one GPU by component, the peak of a step, and the largest micro-batch that fits."""
-    usable_gib = USABLE * memory_gib
+    usable_gib, now = USABLE * memory_gib, settled(cfg, dtype, gpus, memory_gib)  # a larger batch may be settled otherwise
     names = [field.name.replace("_", " ") for field in dataclasses.fields(MemoryUse)]
     lines = [
         f"memory of each GPU in GiB, for a compiled model; {usable_gib:.1f} of {memory_gib:g} GiB are usable",
         f"{'':6s}{''.join(f'{name:>{len(name) + 3}s}' for name in names)}   fits  largest batch_size",
     ]
     for strategy in strategies_of(gpus):
-        use, largest = predict_memory(cfg, dtype, strategy, gpus), largest_batch(cfg, dtype, strategy, gpus, usable_gib)
+        use, largest = predict_memory(now, dtype, strategy, gpus), largest_batch(cfg, dtype, strategy, gpus, usable_gib)
         figures = (f"{value / GIB:{len(name) + 3}.2f}" for name, value in zip(names, vars(use).values(), strict=True))
         lines.append(f"{strategy:6s}{''.join(figures)}   {'yes' if largest >= cfg.data.batch_size else 'no':4s}  {largest}")
-    chosen = first_that_fits(cfg, dtype, gpus, memory_gib)
+    chosen = first_that_fits(now, dtype, gpus, memory_gib)
     if chosen and gpus > 1 and cfg.parallel.asked == "auto":
         lines.append(f"parallel=auto takes {chosen}")
     if not chosen:

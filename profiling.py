@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from configurator import Config, RunConfig
-from memory import GIB, first_that_fits, predict_memory, strategies_of
+from memory import GIB, first_that_fits, predict_memory, settled, strategies_of
 from parallel import Ranks
 from plan import UNKNOWN_VOCABULARY
 
@@ -109,6 +109,7 @@ def out_of_memory_help(cfg: Config, error: RuntimeError | MemoryError) -> str:
     dtype = cfg.run.dtype if cfg.run.dtype != "auto" else "bfloat16" if on_gpu else "float32"
     ranks, strategy = int(os.environ.get("WORLD_SIZE", "1")), cfg.parallel.asked  # torchrun's: the ranks may not have met yet
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else math.inf
+    cfg = settled(cfg, dtype, ranks, memory / GIB if on_gpu else 0.0)
     if strategy == "auto":
         strategy = first_that_fits(cfg, dtype, ranks, memory / GIB) or strategies_of(ranks)[-1]
     rows = {name.replace("_", " "): value for name, value in vars(predict_memory(cfg, dtype, strategy, ranks)).items()}
@@ -133,6 +134,8 @@ def what_needs_less(cfg: Config) -> list[str]:
         advice.append(f"--batch_size={smaller} --gradient_accumulation_steps={steps * size // smaller} (the same tokens a step)")
     if not cfg.model.gradient_checkpointing:
         advice.append("--gradient_checkpointing")
+    if cfg.parallel.fsdp_accumulate_whole:
+        advice.append("--fsdp_accumulate_whole=False (under fsdp)")
     return [*advice, f"a shorter --block_size (now {cfg.model.block_size:,})", "fewer or narrower layers"]
 
 

@@ -11,8 +11,7 @@ follows from `Part`: the optimizer works on the parts alone, and a checkpoint is
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
-from memory import GIB, USABLE, first_that_fits, predict_memory
+from memory import GIB, USABLE, first_that_fits, predict_memory, settled
 from optim import Gradients
 from parallel import Ranks
 from precision import dtype_name
@@ -263,8 +262,11 @@ class FullyShard(Layout):
 LAYOUTS = {layout.name: layout for layout in (DataParallel, Zero1, FullyShard)}
 
 
-def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout, str]:
-    """(how the model lies on the ranks, what the report says of it). Raises UserError where the ranks cannot share the work."""
+def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config, Layout, str]:
+    """(cfg with what it leaves to the memory settled, how the model lies on the ranks, what the report says of it).
+
+    A collective. Raises UserError where the ranks cannot share the work.
+    """
     n, steps, size = ranks.world_size, cfg.data.gradient_accumulation_steps, cfg.parallel.hsdp_shard_size
     if steps % n:
         near = nearest([k * n for k in range(1, steps // n + 2)], steps)
@@ -273,24 +275,19 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Layout
             f"them evenly; the nearest that work: {near}"
         )
     if n == 1:
-        return Layout(ranks, cfg.parallel, dtype), "one process"
+        return settled(cfg, dtype_name(dtype), n, 0.0), Layout(ranks, cfg.parallel, dtype), "one process"
     if size and n % size:
         near = nearest([k for k in range(1, n + 1) if n % k == 0], size)
         raise UserError(f"--hsdp_shard_size={size} does not divide the {n} ranks; the nearest that do: {near}")
     on_gpu, asked = ranks.device.type == "cuda", cfg.parallel.asked
-    # The smallest GPU's; a CPU's memory is not predicted.
-    memory_gib = min(ranks.all_of(torch.cuda.get_device_properties(ranks.device).total_memory / GIB)) if on_gpu else math.inf
-    name, why = asked, "as asked for"
+    # The smallest GPU's; a CPU's memory is not predicted, and so taken to be short.
+    memory_gib = min(ranks.all_of(torch.cuda.get_device_properties(ranks.device).total_memory / GIB)) if on_gpu else 0.0
+    cfg, name, why = settled(cfg, dtype_name(dtype), n, memory_gib), asked, "as asked for"
     if asked == "auto":
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
-    parallel = replace(cfg.parallel, fsdp_accumulate_whole=False)
     if name == "fsdp" and steps > n:
-        whole = replace(parallel, fsdp_accumulate_whole=True)
-        fits = predict_memory(replace(cfg, parallel=whole), dtype_name(dtype), "fsdp", n).peak <= USABLE * memory_gib * GIB
-        if fits if cfg.parallel.fsdp_accumulate_whole is None else cfg.parallel.fsdp_accumulate_whole:
-            parallel = whole
-        why += f", exchanging {'once a step' if parallel is whole else 'in each micro-step'}"
-    return LAYOUTS[name](ranks, parallel, dtype), f"{name} over {n} ranks, {why}"
+        why += f", exchanging {'once a step' if cfg.parallel.fsdp_accumulate_whole else 'in each micro-step'}"
+    return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype), f"{name} over {n} ranks, {why}"
 
 
 def choose_by_memory(cfg: Config, dtype: torch.dtype, n_ranks: int, memory_gib: float) -> tuple[str, str]:

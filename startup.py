@@ -200,7 +200,7 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
         first, end = map(int, cfg.run.profile.split(":"))
         if cfg.eval.eval_only or max(first, state.step + 1) >= min(end, last + 1):
             yield f"--profile={cfg.run.profile} records nothing: this run goes on after step {state.step:,}, up to {last:,}"
-    if not cfg.checkpoint.save_checkpoints:
+    if not cfg.checkpoint.save_checkpoints and not cfg.eval.eval_only:
         yield "--save_checkpoints=False: what is trained ends with this run"
     if cfg.run.memory_history and state.ranks.device.type == "cpu":
         yield "--memory_history records nothing on a CPU"
@@ -208,8 +208,17 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
         yield f"--num_gpus is of --plan; this run has {n} rank{'s' * (n > 1)}, and torchrun --nproc_per_node=N starts N of them"
     if n == 1 and cfg.parallel.asked in ("zero1", "fsdp"):
         yield f"one process shards nothing by {cfg.parallel.asked}: torchrun --nproc_per_node=N starts several"
-    elif cfg.parallel.hsdp_shard_size and state.layout.name != "fsdp":
-        yield f"--hsdp_shard_size is of fsdp: {state.layout.name} does not use it"
+    else:
+        yield from idle_fsdp_knobs(cfg, state.layout.name)
+
+
+def idle_fsdp_knobs(cfg: Config, layout: str) -> Iterator[str]:
+    names = ("fsdp_min_num_params", "fsdp_reshard_after_forward", "fsdp_accumulate_whole", "hsdp_shard_size")
+    given = [name for name in names if cfg.origins.get(name, "default") != "default"]
+    if layout != "fsdp":
+        yield from (f"--{name} is of fsdp: {layout} does not use it" for name in given)
+    elif cfg.parallel.fsdp_accumulate_whole and "fsdp_reshard_after_forward" in given:
+        yield "--fsdp_reshard_after_forward does nothing while fsdp exchanges once a step (--fsdp_accumulate_whole=False)"
 
 
 def schedule_notes(cfg: Config) -> list[str]:
@@ -300,9 +309,10 @@ def open_store(
 ) -> CheckpointStore:
     """The run's checkpoints, and its tokenizer beside them. Those of another run are set aside: nothing is refused any more."""
     out_dir, ranks = Path(cfg.run.out_dir), state.ranks
-    if not is_own(cfg, checkpoint) and not cfg.eval.eval_only and (line := ranks.agree(lambda: set_aside(out_dir))):
+    saves = cfg.checkpoint.save_checkpoints and not cfg.eval.eval_only
+    if saves and not is_own(cfg, checkpoint) and (line := ranks.agree(lambda: set_aside(out_dir))):
         log.line(line)
-    if ranks.is_main and not cfg.eval.eval_only:
+    if saves and ranks.is_main:
         with suppress(OSError):  # a disk that is full is no reason not to train
             copy_tokenizer(dataset, out_dir / TOKENIZER_FOLDER)
     own = ranks.with_own_group(cfg.parallel.start_timeout_s) if ranks.world_size > 1 else None

@@ -58,7 +58,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     cfg = startup.with_vocabulary(cfg, dataset, pretrained)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
     prompt, questions = startup.load_prompt(cfg, dataset), startup.load_questions(cfg, dataset, ranks)
-    layout, parallel = choose_layout(cfg, ranks, dtype)
+    cfg, layout, parallel = choose_layout(cfg, ranks, dtype)
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, ranks, stack)
     notes = [*fp8_notes, *notes]
 

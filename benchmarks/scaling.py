@@ -52,7 +52,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
         return torch.cuda.memory_allocated() if on_gpu else 0
 
     start_bytes = allocated()
-    layout, _ = choose_layout(cfg, ranks, dtype)
+    cfg, layout, _ = choose_layout(cfg, ranks, dtype)
     fp8, _ = choose_fp8(cfg, device, dtype, ops)
     model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)

@@ -74,7 +74,7 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
         ranks = Ranks(0, n_ranks, torch.device("cpu"))
         dtype = choose_dtype(cfg.run.dtype, ranks.device)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        layout, _ = choose_layout(cfg, ranks, dtype)
+        cfg, layout, _ = choose_layout(cfg, ranks, dtype)
         model = Transformer(cfg.model)
         with unset_fake_temporarily():  # a mesh of ranks is made of real numbers
             layout.shard(model)

@@ -1,6 +1,6 @@
 """Rounding to FP8 in Triton, with the transpose: x is read once, the rounded matrix written twice, along rows and columns.
 
-    rows[m, k] = fp8(clamp(scale x[m, k])),  columns[k, m] = rows[m, k]
+    rows[m, k] = fp8(scaled(scale x[m, k])),  columns[k, m] = rows[m, k]
 
 Hopper multiplies FP8 only where both operands have the summed axis last: the forward product and the input's gradient want
 rows, the weight's gradient wants columns. A program has one tile, which is transposed through shared memory, so that
@@ -17,7 +17,6 @@ Legend: M rows, Q = M / 4, K columns.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from kernels.inputs import check_devices, check_dtypes
 from kernels.reference import FP8_BLOCK, Quantized
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -54,13 +53,14 @@ BLOCK_TILE = Tile(FP8_BLOCK, FP8_BLOCK, 16)
 
 
 @triton.jit
-def clamp(values, scale, LARGEST: tl.constexpr):
-    """values * scale, where what is too large becomes the largest number, and what is not finite NaN, as 0 inf is.
+def scaled(values, scale, LARGEST: tl.constexpr):
+    """values * scale for a conversion to FP8, NaN where a value is not finite, as 0 inf is.
 
-    In place of 0 |values|, values - values would not do: where a product's are fused with it, it is their rounding error.
+    What is too large the hardware's conversion makes the largest number, the interpreter's does not. In place of 0 |values|,
+    values - values would not do: where a product's are fused with it, it is their rounding error.
     """
     z = tl.fma(values, scale, tl.abs(values) * 0.0)
-    if INTERPRETED:  # the hardware's rounding stops there by itself
+    if INTERPRETED:
         z = tl.minimum(tl.maximum(z, -LARGEST, tl.PropagateNan.ALL), LARGEST, tl.PropagateNan.ALL)
     return z
 
@@ -176,7 +176,7 @@ def _kernel(
     rows += 4 * q * K + k
     if scale is not None:
         factor = tl.load(scale)
-        z = [clamp(v, factor, LARGEST) for v in values]
+        z = [scaled(v, factor, LARGEST) for v in values]
         store_rows(rows, z, K, inside)
         store_columns(columns, z, q, k, inside, Q)
         count(stats, values, factor, 4 * Q, K, LARGEST, HALF)
@@ -188,8 +188,8 @@ def _kernel(
             tl.store(rows_inverse + tl.program_id(1).to(tl.int64) * 4 * Q + 4 * q + i, inverse_m[i], q < Q)
         tl.store(columns_inverse + tl.program_id(0).to(tl.int64) * K + k, inverse_k, k < K)
         z = [tl.div_rn(values[i], inverse_m[i]) for i in (0, 1, 2, 3)]
-        store_rows(rows, [clamp(v, 1.0, LARGEST) for v in z], K, inside)
-        store_columns(columns, [clamp(tl.div_rn(v, inverse_k), 1.0, LARGEST) for v in values], q, k, inside, Q)
+        store_rows(rows, [scaled(v, 1.0, LARGEST) for v in z], K, inside)
+        store_columns(columns, [scaled(tl.div_rn(v, inverse_k), 1.0, LARGEST) for v in values], q, k, inside, Q)
         _note(stats, tl.max(amax_k), 4 * Q, K)
         _add_true(stats + 2, [(tl.abs(z[i]) <= HALF) & (values[i] != 0) for i in (0, 1, 2, 3)])
 

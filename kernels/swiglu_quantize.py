@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.inputs import check_devices, check_dtypes
-from kernels.quantize import FP8_DTYPES, INTERPRETED, Tile, clamp, count, fp8_limits, load_four, store_columns, store_rows
+from kernels.quantize import FP8_DTYPES, INTERPRETED, Tile, count, fp8_limits, load_four, scaled, store_columns, store_rows
 from kernels.reference import Quantized
 
 FORWARD_TILE = Tile(8, 512, 4)
@@ -45,7 +45,7 @@ def _forward_kernel(
     gate = tl.load(gate_up + m * stride + k, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + m * stride + F + k, inside, 0.0).to(tl.float32)
     y, factor = gate * _sigmoid(gate) * up, tl.load(scale)
-    tl.store(rows + m * F + k, clamp(y, factor, LARGEST).to(rows.dtype.element_ty), inside)
+    tl.store(rows + m * F + k, scaled(y, factor, LARGEST).to(rows.dtype.element_ty), inside)
     count(stats, (y,), factor, M, F, LARGEST, HALF)
 
 
@@ -73,13 +73,13 @@ def _backward_kernel(
     results = [_derivatives(gate[i], up[i], d[i]) for i in (0, 1, 2, 3)]
     d_gate, d_up = [r[0] for r in results], [r[1] for r in results]
     factor, y_factor = tl.load(scale), tl.load(y_scale)
-    z_gate, z_up = [clamp(v, factor, LARGEST) for v in d_gate], [clamp(v, factor, LARGEST) for v in d_up]
+    z_gate, z_up = [scaled(v, factor, LARGEST) for v in d_gate], [scaled(v, factor, LARGEST) for v in d_up]
     rows += 4 * q * 2 * F + k
     store_rows(rows, z_gate, 2 * F, inside)
     store_rows(rows + F, z_up, 2 * F, inside)
     store_columns(columns, z_gate, q, k, inside, Q)
     store_columns(columns, z_up, q, k + F, inside, Q)
-    store_columns(y_columns, [clamp(r[2], y_factor, Y_LARGEST) for r in results], q, k, inside, Q)
+    store_columns(y_columns, [scaled(r[2], y_factor, Y_LARGEST) for r in results], q, k, inside, Q)
     count(stats, d_gate + d_up, factor, 4 * Q, 2 * F, LARGEST, HALF)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import plan
 from configurator import ROOT, UserError, load_config
-from memory import GIB, predict_memory
+from memory import GIB, predict_memory, settled
 from tiny_runs import Runs, write_dataset
 
 LLAMA = ["config/full_llama_1.36b.py", "--gpu=H200"]
@@ -46,7 +46,9 @@ def test_a_plan_needs_no_torch_and_no_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
 def test_memory_is_the_predicted_one(strategy):
     row = next(line for line in planned("--num_gpus=8").splitlines() if line.startswith(strategy)).split()
-    use = predict_memory(load_config(LLAMA), "bfloat16", strategy, 8)
+    cfg = settled(load_config(LLAMA), "bfloat16", 8, 140)
+    use = predict_memory(cfg, "bfloat16", strategy, 8)
+    assert cfg.parallel.fsdp_accumulate_whole  # what a run on such a GPU does
     assert row[1:8] == [f"{value / GIB:.2f}" for value in vars(use).values()]
     assert row[8] == "yes"
 

@@ -406,6 +406,9 @@ def test_nothing_is_saved_where_nothing_shall_be(runs: Runs) -> None:
     output = runs.run("out", "--save_checkpoints=False", "--eval_interval=10", "--checkpoint_interval=5")
     assert "what is trained ends with this run" in output and not list((runs.folder / "out").glob("checkpoints*/*"))
     assert runs.log("out")["checkpoints"] == []
+    runs.run("saved", "--max_iters=5")
+    assert "set aside" not in runs.run("saved", "--max_iters=3", "--save_checkpoints=False")
+    assert runs.tiers("saved") == {"latest": 5}
 
 
 def test_a_latest_of_an_earlier_process_does_not_outlive_a_newer_best(runs: Runs) -> None:
