@@ -407,7 +407,7 @@ def test_nothing_is_saved_where_nothing_shall_be(runs: Runs) -> None:
     assert "what is trained ends with this run" in output and not list((runs.folder / "out").glob("checkpoints*/*"))
     assert runs.log("out")["checkpoints"] == []
     runs.run("saved", "--max_iters=5")
-    assert "set aside" not in runs.run("saved", "--max_iters=3", "--save_checkpoints=False")
+    runs.run("saved", "--max_iters=3", "--save_checkpoints=False")
     assert runs.tiers("saved") == {"latest": 5}
 
 
