@@ -210,7 +210,8 @@ def test_memory_does_not_grow_with_the_source(tmp_path, kind):
 # --- stopped and started again -----------------------------------------------------------------------------------------
 
 SLOW = (
-    "import sys, time; from pathlib import Path; from data import corpus; from data.source import local_source;"
+    "import signal, sys, time; from pathlib import Path; from data import corpus; from data.source import local_source;"
+    "signal.signal(signal.SIGINT, signal.default_int_handler);"  # what a shell starts in the background ignores it
     "corpus.JOURNAL_INTERVAL_S = 0; corpus.PIECE_CHARS = 500; encode = corpus._encode;"
     "corpus._encode = lambda *a: (time.sleep(0.05), encode(*a))[1];"
     "sys.exit(corpus.prepare(corpus.Recipe(Path(sys.argv[1]), 'bpe:300', 0.1, local_source), sys.argv[2:]))"
