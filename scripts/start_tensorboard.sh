@@ -10,4 +10,6 @@ if [[ -z $(find -L "$logdir" -name .venv -prune -o -name 'events.out.tfevents.*'
     echo "error: no TensorBoard log in $logdir: train with --use_tensorboard, or name the out_dir of a run that did" >&2
     exit 2
 fi
-exec "${PYTHON:-python}" -m tensorboard.main --logdir "$logdir" "$@"
+own=$(dirname "$0")/../.venv/bin/python # where `make quickstart` installs it
+[[ -x $own ]] || own=python
+exec "${PYTHON:-$own}" -m tensorboard.main --logdir "$logdir" "$@"
