@@ -19,7 +19,6 @@ from typing import Any
 from configurator import Config, UserError, load_config, nearest
 from flops import PEAKS, Precision, count_parameters, flops_per_token, loss_prediction, peak_tflops
 from memory import GIB, GPU_MEMORY_GIB, USABLE, MemoryUse, Strategy, first_that_fits, predict_memory, settled, strategies_of
-from pretrained import with_pretrained
 
 DEFAULT_GPU = "H200"
 UNKNOWN_VOCABULARY = 50_304  # GPT-2's, padded
@@ -39,6 +38,8 @@ def config_or_plan(argv: Sequence[str]) -> Config:
 
 def plan_text(cfg: Config) -> str:
     """Raises UserError: a GPU that is not in the table, ranks that do not divide the micro-steps, weights that are not there."""
+    from pretrained import with_pretrained  # with packages that --help and a mistyped flag can do without
+
     gpus, name = cfg.plan.num_gpus, find_gpu(cfg.plan.gpu)
     check_division(cfg, gpus)
     cfg, _ = with_pretrained(cfg, needs_weights=False)
