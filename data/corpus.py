@@ -36,6 +36,8 @@ from data.tokens import DTYPES, SPLITS, Manifest, SplitManifest
 
 FORMAT = 1  # counts up whenever the same source and options give other files
 BPE_SAMPLE_CHARS = 16 << 20  # of the train split, to train a tokenizer on
+MAX_BPE_ENTRIES = 1 << 27  # the library reserves memory for all of them beforehand
+USUAL_CONTEXT = 256  # of the small presets; a smaller val.bin is of little use
 JOURNAL_INTERVAL_S = 5.0  # work that a kill can cost
 HASH_BYTES = 1 << 20
 DATASET_FILES = ("train.bin", "val.bin", "manifest.json", "meta.pkl", "tokenizer.json", "tokenizer.model")
@@ -224,11 +226,14 @@ def _plan(recipe: Recipe, args: argparse.Namespace, out: Path) -> Job:
     if kind == "characters":
         tokenizer: Tokenizer = CharacterTokenizer.of_texts(piece.text for piece in read())
     elif kind == "bpe":
-        if not size.isdigit() or int(size) < 257:
-            raise UserError(f"--tokenizer={args.tokenizer}: bpe:N takes a number of entries from 257 on, such as bpe:4096")
+        if not size.isdecimal() or not 257 <= int(size) <= MAX_BPE_ENTRIES:
+            allowed = f"from 257 to {MAX_BPE_ENTRIES:,}"
+            raise UserError(f"--tokenizer={args.tokenizer}: bpe:N takes a number of entries {allowed}, such as bpe:4096")
         train = (piece.text for piece in read() if piece.split == "train" and piece.text)
         first = next(train, None)
         tokenizer = train_bpe(int(size), _sample(chain([first], train) if first else (piece.text for piece in read())))
+        if tokenizer.vocab_size < int(size):
+            print(f"--tokenizer={args.tokenizer}: the text gave only {tokenizer.vocab_size:,} entries")
     else:
         tokenizer = open_tokenizer(args.tokenizer)
     return Job(source, tokenizer, args.val_fraction, args.limit, args.num_proc, out)
@@ -442,6 +447,11 @@ def _publish(job: Job, journal: Journal) -> None:
     for split, manifest in manifests.items():
         print(
             f"{job.out / split}.bin: {manifest.tokens:,} tokens of {manifest.bytes:,} bytes in {manifest.documents:,} documents"
+        )
+    if (n_val := manifests["val"].tokens) <= USUAL_CONTEXT:
+        print(
+            f"note: val.bin has only {n_val:,} tokens, and block_size={USUAL_CONTEXT} needs {USUAL_CONTEXT + 1}: prepare again "
+            f"with a --val_fraction larger than {job.val_fraction:g}, or with more text"
         )
 
 

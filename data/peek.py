@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from configurator import UserError, run_command
 
+FILES = ("train.bin", "val.bin")  # of a dataset: what its manifest speaks of
+
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="data/peek.py", description="Decode some stretches of a token file.")
@@ -32,15 +34,16 @@ def show(args: argparse.Namespace) -> None:
 
     folder = args.file.parent.resolve()
     if not args.file.is_file():
-        is_prepared = (folder / "val.bin").is_file()
-        raise UserError(f"{args.file}: no such file; name train.bin or val.bin" if is_prepared else how_to_prepare(folder))
+        if args.file.name in FILES and not (folder / "val.bin").is_file():
+            raise UserError(how_to_prepare(folder))
+        raise UserError(f"{args.file}: no such file; name train.bin or val.bin of a prepared dataset")
     data = Dataset.without_tokens(folder, read_meta(folder).get("vocab_size", GPT2_VOCAB_SIZE))
     tokens = open_tokens(args.file.resolve(), data.manifest, 1)
     tokenizer = load_tokenizer(data)
     if args.at is not None and not 0 <= args.at < len(tokens):
         raise UserError(f"--at={args.at}: {args.file} has tokens 0 to {len(tokens) - 1:,}")
     print(f"{args.file}: {len(tokens):,} tokens of {tokens.dtype}, tokenizer {tokenizer.name}, {tokenizer.vocab_size:,} ids")
-    if data.manifest:
+    if data.manifest and args.file.name in FILES:
         split = data.manifest.val if args.file.stem == "val" else data.manifest.train
         print(f"{split.documents:,} documents, {split.bytes:,} bytes of text, from {data.manifest.source}")
     draw = random.Random(args.seed)

@@ -223,11 +223,13 @@ def _check_is_name(data: DataConfig) -> None:
 def open_tokens(path: Path, manifest: Manifest | None, block_size: int) -> np.memmap:
     """A .bin file, (tokens,), if it is what the manifest says and holds a block and its target. Raises UserError."""
     dtype = DTYPES[manifest.dtype if manifest else "uint16"]
+    is_split = path.name in [f"{split}.bin" for split in SPLITS]  # any other file is not prepare.py's
+    again = "; run prepare.py again" if is_split else ""
     try:
         n_bytes = path.stat().st_size
         if n_bytes == 0:
-            raise UserError(f"{path} is empty; run prepare.py again")
-        if manifest:
+            raise UserError(f"{path} is empty{again}")
+        if manifest and is_split:
             n_tokens = (manifest.train if path.stem == "train" else manifest.val).tokens
             if n_bytes != n_tokens * dtype.itemsize:
                 other = "uint32" if manifest.dtype == "uint16" else "uint16"
@@ -237,11 +239,12 @@ def open_tokens(path: Path, manifest: Manifest | None, block_size: int) -> np.me
                     f"({n_tokens * dtype.itemsize:,} bytes): {why}; run prepare.py again"
                 )
         if n_bytes % dtype.itemsize:
-            raise UserError(f"{path} has {n_bytes:,} bytes, which are not whole {dtype.name} tokens; run prepare.py again")
+            raise UserError(f"{path} has {n_bytes:,} bytes, which are not whole {dtype.name} tokens{again}")
         if n_bytes // dtype.itemsize < block_size + 1:
+            larger = ", or prepare again with a larger --val_fraction" if manifest and path.stem == "val" else ""
             raise UserError(
                 f"{path} has {n_bytes // dtype.itemsize:,} tokens, but block_size={block_size} needs {block_size + 1:,} "
-                f"(a block and its target): use a smaller --block_size or more text"
+                f"(a block and its target): use a smaller --block_size or more text{larger}"
             )
         return np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:

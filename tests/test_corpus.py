@@ -126,6 +126,19 @@ def test_limit(tmp_path):
     assert manifest["train"]["documents"] + manifest["val"]["documents"] == 50
 
 
+def test_what_a_short_text_gives_less_of_is_said(tmp_path, capsys):
+    """Entries of a tokenizer and tokens for validation; the training error for the latter names --val_fraction too."""
+    (tmp_path / "text.txt").write_text("".join(DOCUMENTS))
+    manifest = prepared(tmp_path / "set", tmp_path / "text.txt", "--val_fraction", "0.01", tokenizer="bpe:99999999")
+    text, n_val = capsys.readouterr().out, manifest["val"]["tokens"]
+    assert f"--tokenizer=bpe:99999999: the text gave only {manifest['vocab_size']:,} entries\n" in text
+    assert f"note: val.bin has only {n_val} tokens" in text and "--val_fraction larger than 0.01" in text
+    with pytest.raises(UserError, match="or prepare again with a larger --val_fraction"):
+        load_dataset(DataConfig(dataset="set", data_dir=str(tmp_path)), n_val)
+    prepared(tmp_path / "enough", tmp_path / "text.txt", "--val_fraction", "0.5")
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_wide_vocabulary_gets_uint32(tmp_path):
     text = "".join(c for c in map(chr, range(0x12000)) if not 0xD800 <= ord(c) < 0xE000)
     (tmp_path / "text.txt").write_text(text * 2, newline="")
@@ -391,7 +404,15 @@ def test_disk_full_is_one_error_and_loses_nothing(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    "flags", [["--val_fraction", "0"], ["--val_fraction", "1"], ["--num_proc", "0"], ["--limit", "0"], ["--tokenizer", "bpe:9"]]
+    "flags",
+    [
+        ["--val_fraction", "0"],
+        ["--val_fraction", "1"],
+        ["--num_proc", "0"],
+        ["--limit", "0"],
+        ["--tokenizer", "bpe:9"],
+        ["--tokenizer", "bpe:" + "9" * 30],
+    ],
 )
 def test_bad_flags(tmp_path, flags):
     with pytest.raises(UserError, match=flags[0]):

@@ -57,6 +57,7 @@ def test_a_file_without_a_manifest(folder):
         (["val.bin", "--at=100000"], "val.bin has tokens 0 to"),
         (["val.bin", "--tokens=0"], "must be at least 1"),
         (["nowhere.bin"], "nowhere.bin: no such file; name train.bin or val.bin"),
+        (["../nowhere.bin"], "nowhere.bin: no such file; name train.bin or val.bin"),
         (["train.bin"], "it is torn or of another run"),
     ],
 )
@@ -64,3 +65,11 @@ def test_mistakes(folder, args, says):
     shutil.copy(folder / "val.bin", folder / "train.bin")
     done = peek(str(folder / args[0]), *args[1:])
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("name", "is_advised"), [("train.bin", True), ("other.bin", False)])
+def test_prepare_is_advised_for_its_own_files_only(tmp_path, name, is_advised):
+    (tmp_path / name).write_bytes(b"abc")
+    done = peek(str(tmp_path / name))
+    assert done.returncode == 2 and "3 bytes, which are not whole uint16 tokens" in done.stderr
+    assert ("run prepare.py again" in done.stderr) is is_advised
