@@ -51,6 +51,7 @@ def plan_text(cfg: Config) -> str:
     lines = [
         f"{m.architecture}: {count_parameters(m).total:,} parameters, {flops_per_token(m) / 1e9:.3f} GFLOPs a token",
         f"{gpus} x {name}, {dtype}: {cfg.data.gradient_accumulation_steps // gpus} micro-steps of {micro_batch} on each",
+        *gpu_note(cfg.plan.gpu),
         "",
         *memory_table(cfg, dtype, gpus, GPU_MEMORY_GIB[name]),
         "",
@@ -63,6 +64,20 @@ def plan_text(cfg: Config) -> str:
 def find_gpu(asked: str) -> str:
     """The name in flops.PEAKS that is asked for, or the first with those words (A100: A100-SXM4-40GB); by default this machine's.
 
+    Raises UserError naming those known.
+    """
+    return gpus_of_name(asked)[0]
+
+
+def gpu_note(asked: str) -> list[str]:
+    """A line where the name that is asked for is that of several, none where it is plain."""
+    taken, *others = gpus_of_name(asked) if asked else [""]
+    return [f"{asked} is taken as {taken}; also known: {', '.join(others)}"] if others else []
+
+
+def gpus_of_name(asked: str) -> list[str]:
+    """All names in flops.PEAKS with those words, or only the one that is just this; by default this machine's.
+
     Blanks, hyphens, case, NVIDIA and GeForce do not count. Raises UserError naming those known.
     """
     known = [name for gpu in PEAKS for name in gpu.device_names]
@@ -73,7 +88,7 @@ def find_gpu(asked: str) -> str:
     if not found:
         near = [f"did you mean {plain[gpu]}? " for gpu in difflib.get_close_matches(wanted, plain, n=1)]
         raise UserError(f"--gpu={name}: not a GPU whose rates are known; {''.join(near)}known are {', '.join(known)}")
-    return plain[found[0]]
+    return [plain[gpu] for gpu in found]
 
 
 def plain_name(gpu: str) -> str:
@@ -144,10 +159,16 @@ def memory_table(cfg: Config, dtype: Precision, gpus: int, memory_gib: float) ->
         f"memory of each GPU in GiB, for a compiled model; {usable_gib:.1f} of {memory_gib:g} GiB are usable",
         f"{'':6s}{''.join(f'{name:>{len(name) + 3}s}' for name in names)}   fits  largest batch_size",
     ]
-    for strategy in strategies_of(gpus):
-        use, largest = predict_memory(now, dtype, strategy, gpus), largest_batch(cfg, dtype, strategy, gpus, usable_gib)
+    uses = {strategy: predict_memory(now, dtype, strategy, gpus) for strategy in strategies_of(gpus)}
+    for strategy, use in uses.items():
+        largest = largest_batch(cfg, dtype, strategy, gpus, usable_gib)
         figures = (f"{value / GIB:{len(name) + 3}.2f}" for name, value in zip(names, vars(use).values(), strict=True))
         lines.append(f"{strategy:6s}{''.join(figures)}   {'yes' if largest >= cfg.data.batch_size else 'no':4s}  {largest}")
+    if any(sum(vars(use).values()) > 2 * use.peak for use in uses.values()):  # the peak is among the values
+        lines.append(
+            "parts add to more than the peak because they are not all there at the same moment:\n"
+            "activations and logits are when the backward pass begins, all gradients when it ends"
+        )
     chosen = first_that_fits(now, dtype, gpus, memory_gib)
     if chosen and gpus > 1 and cfg.parallel.asked == "auto":
         lines.append(f"parallel=auto takes {chosen}")

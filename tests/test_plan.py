@@ -115,6 +115,11 @@ def test_names_of_gpus(asked, name):
     assert plan.find_gpu(asked) == name
 
 
+def test_a_name_of_several_gpus_says_which_is_taken():
+    assert "\nH100 is taken as H100 80GB HBM3; also known: H100 NVL, H100 PCIe\n" in planned("--gpu=H100")
+    assert "is taken as" not in planned("--gpu=H200") + planned("--gpu=4090")
+
+
 def test_without_a_name_the_gpu_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert plan.find_gpu("") == "H200"
