@@ -3,9 +3,9 @@
     python flops_parameter_counting/detailed_cost_analysis.py --model_config configs/models/llama_1.36b.json
     python flops_parameter_counting/detailed_cost_analysis.py --scaling_law configs/scaling_laws/custom/verify_llama_1.36b.jsonc
 
-A model is a JSON file of knobs (`--help` of train.py lists them) or a Hugging Face config.json. A scaling law's file holds its
-constants, a model, its tokens, what is expected of them and a compute budget; the command exits with 1 where something else comes
-out. JSON may have // and /* */ comments. A path is looked for from where you stand, then beside this file.
+A model is a JSON file of knobs (`--help` of train.py lists them), a Hugging Face config.json or its folder. A scaling law's file
+holds its constants, a model, its tokens, what is expected of them and a compute budget; the command exits with 1 where something
+else comes out. JSON may have // and /* */ comments. A path is looked for from where you stand, then beside this file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from configurator import Config, DataConfig, ModelConfig, UserError, model_of_fi
 from flops import HOFFMANN, ScalingLaw, count_parameters, flops_per_token
 from hf_format import model_config
 from memory import GPU_MEMORY_GIB
-from plan import dtype_on, find_gpu, memory_table
+from plan import dtype_on, find_gpu, gpu_note, memory_table
 
 HERE = Path(__file__).resolve().parent
 COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.S)  # a string too, so that nothing inside one is a comment
@@ -34,24 +35,25 @@ COMMENT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', re.S)  # a strin
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_config", help="a model: its knobs, or a Hugging Face config.json")
+    parser.add_argument("--model_config", help="a model: its knobs, or a Hugging Face config.json or its folder")
     parser.add_argument("--scaling_law", help="a law, and what is to be verified with it")
     parser.add_argument("--compute_budget", type=float, help="FLOPs to spend: gives the best N and D")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences in a micro-batch, for the memory [8]")
     parser.add_argument("--num_gpus", type=int, default=1, help="for the memory [1]")
     parser.add_argument("--gpu", default="", help="for the memory [this machine's, or an H200]")
     args = parser.parse_args(argv)
-    if not (args.model_config or args.scaling_law or args.compute_budget):
+    if not (args.model_config or args.scaling_law or args.compute_budget is not None):
         parser.error("pass --model_config, --scaling_law or --compute_budget")
-    if args.batch_size < 1 or args.num_gpus < 1 or not 0 < (args.compute_budget or 1) < math.inf:
-        parser.error("--batch_size, --num_gpus and --compute_budget must be numbers greater than 0")
+    numbers = {"batch_size": args.batch_size, "num_gpus": args.num_gpus, "compute_budget": args.compute_budget}
+    if wrong := [f"--{name}={value}" for name, value in numbers.items() if value is not None and not 0 < value < math.inf]:
+        parser.error(f"{', '.join(wrong)} must be {'numbers' if len(wrong) > 1 else 'a number'} greater than 0")
     model = read_model(find(args.model_config)) if args.model_config else None
     gpu = find_gpu(args.gpu)
     question = read_question(find(args.scaling_law)) if args.scaling_law else Question()
     if args.compute_budget:
         question = dataclasses.replace(question, compute_flops=args.compute_budget)
     if model:
-        print("\n".join(cost_lines(model, args.batch_size, args.num_gpus, gpu)))
+        print("\n".join(cost_lines(model, args.batch_size, args.num_gpus, gpu, gpu_note(args.gpu))))
         question = dataclasses.replace(question, model=model)
     if not (args.scaling_law or args.compute_budget):
         return 0
@@ -66,10 +68,15 @@ def main(argv: list[str]) -> int:
 
 
 def find(name: str, *others: Path) -> Path:
-    """A file from where the user stands, else beside this program, else in one of the others. Raises UserError."""
+    """A file, or a folder's config.json, from where the user stands, else beside this program, else in one of the others.
+
+    Raises UserError.
+    """
     for path in (Path(name), *(folder / name for folder in (HERE, *others))):
-        if path.is_file():
-            return path
+        if found := next((file for file in (path, path / "config.json") if file.is_file()), None):
+            return found
+    if Path(name).is_dir():
+        raise UserError(f"{name}: a folder without a config.json")
     there = ", ".join(sorted(str(path.relative_to(HERE)) for path in (HERE / "configs").rglob("*.json*")))
     raise UserError(f"{name}: no such file; beside {Path(__file__).name} there are {there}")
 
@@ -85,10 +92,24 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(blank)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {what_is_wrong(blank, error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected an object in braces, found {type(value).__name__}")
     return value
+
+
+def what_is_wrong(blank: str, error: json.JSONDecodeError) -> str:
+    """What to do where comments or commas, which look right in other languages, are the mistake; else what the parser says.
+
+    `blank` is the text with its comments blanked out.
+    """
+    before, after = blank[: error.pos].rstrip(), blank[error.pos :].lstrip()
+    if after.startswith("/*"):
+        return "the comment that begins here has no end: close it with */"
+    # Python 3.13 has a message of its own and points to the comma, older ones to the bracket behind it.
+    if error.msg.startswith("Illegal trailing comma") or (before.endswith(",") and after[:1] in ("}", "]")):
+        return "a comma stands before the closing bracket: take the comma away"
+    return error.msg
 
 
 def read_model(path: Path) -> ModelConfig:
@@ -144,8 +165,8 @@ def read_question(path: Path) -> Question:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def cost_lines(model: ModelConfig, batch_size: int, gpus: int, gpu: str) -> list[str]:
-    """Parameters, training FLOPs a token and memory, by component."""
+def cost_lines(model: ModelConfig, batch_size: int, gpus: int, gpu: str, notes: Sequence[str] = ()) -> list[str]:
+    """Parameters, training FLOPs a token and memory, by component; `notes` are on the GPU."""
     count, flops = count_parameters(model), flops_per_token(model)
     matrices = count_parameters(dataclasses.replace(model, bias=False, qk_norm=False))
     rows = [
@@ -168,6 +189,7 @@ def cost_lines(model: ModelConfig, batch_size: int, gpus: int, gpu: str) -> list
         f"{'counted causally':32s}{'':25s}{flops_per_token(model, causal=True):18,d}",
         "",
         f"{gpus} x {gpu}, one micro-step of {batch_size} x {model.block_size:,} tokens on each",
+        *notes,
         *memory_table(cfg, dtype_on(gpu, "auto"), gpus, GPU_MEMORY_GIB[gpu]),
     ]
 

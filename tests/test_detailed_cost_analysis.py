@@ -50,6 +50,14 @@ def test_a_config_json_of_hugging_face(tmp_path):
     assert (count_parameters(theirs), flops_per_token(theirs)) == (count_parameters(preset), flops_per_token(preset))
 
 
+def test_a_folder_of_hugging_face(tmp_path, capsys):
+    preset = load_config(["config/full_llama_1.36b.py"]).model
+    with pytest.raises(UserError, match=r"a folder without a config\.json"):
+        analysis.find(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config_json(preset)))
+    assert f"{count_parameters(preset).total:,}" in output(capsys, f"--model_config={tmp_path}")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_components_add_up(name, capsys):
     text = output(capsys, f"--model_config=configs/models/{name}.json")
@@ -91,7 +99,20 @@ def test_a_budget_alone(capsys):
 def test_a_budget_that_is_no_number(budget, capsys):
     with pytest.raises(SystemExit) as exit:
         analysis.main([f"--compute_budget={budget}"])
-    assert exit.value.code == 2 and "must be numbers greater than 0" in capsys.readouterr().err
+    says = f"error: --compute_budget={float(budget)} must be a number greater than 0"
+    assert exit.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_only_the_number_that_is_wrong_is_named(capsys):
+    with pytest.raises(SystemExit):
+        analysis.main(["--model_config=configs/models/llama_1.36b.json", "--num_gpus=0"])
+    assert capsys.readouterr().err.endswith("error: --num_gpus=0 must be a number greater than 0\n")
+
+
+def test_a_gpu_that_is_several_and_a_peak_that_is_no_sum(capsys):
+    text = output(capsys, "--model_config=configs/models/llama_1.36b.json", "--gpu=A100")
+    assert "\nA100 is taken as A100-SXM4-40GB; also known: A100-SXM4-80GB, " in text
+    assert "\nparts add to more than the peak because" in text
 
 
 @pytest.mark.parametrize(
@@ -110,6 +131,22 @@ def test_malformed_json_names_line_and_column(text, line, column, tmp_path):
     assert [int(figure) for figure in found.groups()] == [line, column] or int(
         found[1]
     ) == line - 1  # Python 3.13 names the comma
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"n_layer": 2, // yes\n}', "take the comma away"),
+        ('{"a": [1, 2, ]}', "take the comma away"),
+        ('{"a": 1 /* open', "close it with */"),
+        ('{"a": 1} /* open "b", }', "close it with */"),
+        ("{ /* open }", "close it with */"),
+        ('{"a": ,}', "Expecting value"),
+    ],
+)
+def test_malformed_json_says_what_to_do(text, says, tmp_path):
+    with pytest.raises(UserError, match=rf"line \d, column \d+: .*{re.escape(says)}"):
+        analysis.read_json(written(tmp_path, text))
 
 
 def test_comments_are_no_part_of_strings(tmp_path):
