@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         export_model(pretrained, args.hf_dir, args.dtype, int(args.shard_gb * 1e9))
         print(f"{pretrained.name} is now {args.hf_dir}: AutoModelForCausalLM.from_pretrained({str(args.hf_dir)!r})")
     else:
-        pretrained = open_pretrained(args.source, data_dir=args.data_dir)
+        pretrained = open_pretrained(args.source, data_dir=args.data_dir, block_size=args.block_size)
         import_model(pretrained if args.block_size is None else pretrained.cropped(args.block_size), args.out)
         print(
             f"{pretrained.name} is now {args.out}: python sample.py --out_dir={args.out}; python train.py --init_from={args.out}"

@@ -171,8 +171,11 @@ def config_json(cfg: ModelConfig) -> dict[str, Any]:
     return {"architectures": [family.class_name], "model_type": model_type, **family.fixed, **values}
 
 
-def model_config(config: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
-    """(model_type, knobs) of a config.json. Raises UserError naming what cannot be, or what our components do not make up."""
+def model_config(config: dict[str, Any], where: str, block_size: int | None = None) -> tuple[str, ModelConfig]:
+    """(model_type, knobs) of a config.json. Raises UserError naming what cannot be, or what our components do not make up.
+
+    `block_size` is the context that will be used of it, where that is not all: a sliding window may be as short as that.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in READ_AS:
         raise UserError(f"{where}: model_type={model_type!r} is not one of {', '.join(READ_AS)}")
@@ -182,6 +185,9 @@ def model_config(config: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
         raise UserError(f"{where}: {rope!r} is not an object with the parameters of the rotary positions")
     given = family.defaults | {"rope_theta": rope.get("rope_theta", family.defaults.get("rope_theta"))} | config
     knobs = read_fields(family, given, where)
+    context, window = min(knobs["block_size"], block_size or knobs["block_size"]), given.get("sliding_window")
+    if type(window) is int and window >= context:  # a token sees itself and the window - 1 before it: all of them
+        given["sliding_window"] = None
     wrong = [f"{field}={given[field]!r}" for field, value in family.fixed.items() if given.get(field, value) != value]
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         wrong.append(f"rope scaling {rope.get('rope_type', rope.get('type'))!r}")

@@ -7,14 +7,17 @@ of nanoGPT. Whatever it is, it has knobs, a tokenizer, and weights that are read
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import Checkpoint, checkpoints_of, find_checkpoint, is_checkpoint, tokenizer_folder
+from checkpoint import FOLDER, Checkpoint, checkpoints_of, find_checkpoint, is_checkpoint, tokenizer_folder
 from configurator import GPT2_MODELS, NOT_SHAPE, Config, DataConfig, ModelConfig, UserError, model_of_file, section_from
 from data.source import go_offline_without_network
 from data.tokenizer import Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer, same_ids
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from model import Transformer
 
 HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+NANOGPT = "ckpt.pt"
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,18 @@ class Pretrained:
         return replace(self, cfg=replace(self.cfg, block_size=block_size), read=read)
 
 
-def open_pretrained(source: str, which: str = "best", data_dir: str = "", needs_weights: bool = True) -> Pretrained:
+def open_pretrained(
+    source: str, which: str = "best", data_dir: str = "", needs_weights: bool = True, block_size: int | None = None
+) -> Pretrained:
     """The model that `source` names; a local folder or file goes before the hub.
 
     Of an out_dir `which` names the checkpoint (best falls back to latest), and `data_dir` the folder that holds the run's
-    dataset, for its tokenizer; empty takes the run's own. Weights that are not needed are not downloaded. Raises UserError.
+    dataset, for its tokenizer; empty takes the run's own. Weights that are not needed are not downloaded. `block_size` is what
+    the caller will crop the context to. Raises UserError.
     """
     path = Path(source)
+    if (path / NANOGPT).is_file() and not (path / CONFIG).is_file() and not is_checkpoint(path) and not checkpoints_of(path):
+        path /= NANOGPT  # the model's name says so
     if path.is_dir() and not (path / CONFIG).is_file():
         return _of_checkpoint(path, which, data_dir)
     if which != "best":
@@ -72,7 +82,7 @@ def open_pretrained(source: str, which: str = "best", data_dir: str = "", needs_
     if path.is_file():
         return _of_nanogpt(path, data_dir)
     folder = path if path.is_dir() else _download(source, HUB_FILES if needs_weights else (CONFIG,))
-    return _of_folder(folder, source, needs_weights)
+    return _of_folder(folder, source, needs_weights, block_size)
 
 
 def load_model(pretrained: Pretrained, device: torch.device, dtype: torch.dtype, ops: Operations | None = None) -> Transformer:
@@ -111,10 +121,11 @@ def with_pretrained(cfg: Config, needs_weights: bool = True) -> tuple[Config, Pr
     """
     if not cfg.checkpoint.pretrained:
         return cfg, None
-    pretrained = open_pretrained(cfg.checkpoint.pretrained, needs_weights=needs_weights)
     given = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") != "default"}
-    if "block_size" in given:
-        pretrained = pretrained.cropped(cfg.model.block_size)
+    block_size = cfg.model.block_size if "block_size" in given else None
+    pretrained = open_pretrained(cfg.checkpoint.pretrained, needs_weights=needs_weights, block_size=block_size)
+    if block_size is not None:
+        pretrained = pretrained.cropped(block_size)
     shape = {name: value for name, value in vars(pretrained.cfg).items() if name not in NOT_SHAPE}
     differing = [
         f"{name}={getattr(cfg.model, name)!r} ({cfg.origins[name]})"
@@ -188,9 +199,9 @@ def _tokenizer_of_run(checkpoint: Checkpoint, data_dir: str) -> Tokenizer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _of_folder(folder: Path, name: str, needs_weights: bool) -> Pretrained:
+def _of_folder(folder: Path, name: str, needs_weights: bool, block_size: int | None) -> Pretrained:
     config = _read_config(folder)
-    model_type, cfg = model_config(config, str(folder / CONFIG))
+    model_type, cfg = model_config(config, str(folder / CONFIG), block_size)
     shapes = parameter_shapes(cfg)
     tensors, files = list(layout(READ_AS[model_type], cfg, config)), cache(partial(TensorFolder, folder))
     if needs_weights:
@@ -231,6 +242,10 @@ def _tokenizer_of_folder(folder: Path, vocab_size: int) -> Tokenizer:
 
 def _download(name: str, patterns: Sequence[str]) -> Path:
     """The folder of a model of the hub, in the cache of Hugging Face's libraries, with these files of it. Raises UserError."""
+    if name not in GPT2_MODELS and not HUB_NAME.fullmatch(name):
+        runs = sorted({path.parent.name for path in Path.cwd().glob(f"out*/{FOLDER}")})
+        here = f"runs here: {', '.join(runs)}" if runs else f"the hub has {', '.join(GPT2_MODELS)} and names such as org/model"
+        raise UserError(f"{name}: there is no such file or folder; {here}")
     go_offline_without_network()
     import huggingface_hub  # reads at import whether it is offline
 
@@ -238,7 +253,7 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
     except Exception as error:  # its own errors, those of its HTTP client, the disk's
-        cause = str(error).strip().split("\n")[0][:200]
+        cause = re.split(r"(?<=\.)\s", str(error).strip() or type(error).__name__, maxsplit=1)[0]  # its first sentence
         raise UserError(
             f"{name}: there is no such file or folder, and the Hugging Face hub does not give it. Where there is a network, "
             f"`hf download {repository} --local-dir FOLDER` fetches a folder to name here\n({cause})"
@@ -252,27 +267,46 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
 
 def _of_nanogpt(path: Path, data_dir: str) -> Pretrained:
     """Its tensors have the names of transformers' GPT-2, its matrices our layout."""
-    import torch
-
+    saved = _load_nanogpt(path)
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         sizes = {knob: saved["model_args"][knob] for knob in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
         weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         settings, step = saved.get("config") or {}, saved.get("iter_num", 0)
         data = DataConfig(dataset=str(settings.get("dataset", "openwebtext")), data_dir=data_dir)
-    except Exception as error:  # another file can fail in any way
-        cause = (str(error) or type(error).__name__).split("\n")[0][:200]
-        raise UserError(f"{path} is no ckpt.pt of nanoGPT: {cause}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is no ckpt.pt of nanoGPT: it has no {error}") from None
+    except Exception:  # the values of another file can fail in any way
+        raise UserError(f"{path} is no ckpt.pt of nanoGPT: its model_args, model or config hold something else") from None
     cfg = model_of_file(sizes, str(path))
     family = replace(FAMILIES["gpt2"], is_transposed=False)
     tensors = [tensor for tensor in layout(family, cfg, {}) if tensor.source]
-    wrong = [each.name for each in tensors if shapes.get(each.name) != each.shape]
-    if wrong:
-        raise UserError(f"{path} lacks {', '.join(wrong[:5])}, or has them in another shape")
+    if missing := [each.name for each in tensors if each.name not in shapes]:
+        raise UserError(f"{path} lacks {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}")
+    if wrong := [f"{each.name} is {shapes[each.name]}, not {each.shape}" for each in tensors if shapes[each.name] != each.shape]:
+        raise UserError(f"{path} has tensors of another shape than its model_args: {'; '.join(wrong[:5])}")
 
     def read(name: str) -> torch.Tensor:
         return ours_from_theirs(name, tensors, weights.__getitem__)
 
     dataset = Dataset.without_tokens(dataset_folder(data), cfg.vocab_size)
     return Pretrained(f"{path}, step {step}", cfg, read, cache(partial(load_tokenizer, dataset)))
+
+
+def _load_nanogpt(path: Path) -> Any:
+    """What torch.save wrote, read without executing anything of it. Raises UserError."""
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):  # plain pickles among others, and what PyTorch wrote before 1.6
+                raise UserError(f"{path} is not a PyTorch file, or not a whole one")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} is no ckpt.pt of nanoGPT: it holds more than tensors and plain values, and nothing of it was executed"
+        ) from None
+    except RuntimeError:  # another zip file
+        raise UserError(f"{path} is not a PyTorch file, or not a whole one") from None

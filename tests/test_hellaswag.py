@@ -241,7 +241,7 @@ def test_two_ranks_share_the_items_out(trained: Path, capsys: pytest.CaptureFixt
     ("flags", "says"),
     [
         (["--source=nowhere.jsonl"], "--source=nowhere.jsonl: there is no such file"),
-        (["--out_dir=nowhere"], "nowhere: there is no such file or folder, and the Hugging Face hub does not give it"),
+        (["--out_dir=nowhere"], "nowhere: there is no such file or folder"),
         (["--limti=3"], "did you mean 'limit'?"),
     ],
 )

@@ -277,7 +277,7 @@ def test_a_context_that_cannot_be(tmp_path, block_size):
             (["export", "data", "x", f"--shard_gb={size}"], f"--shard_gb={size}: it must be a number")
             for size in ("0", "nan", "inf")
         ),
-        (["import", "README.md", "x"], "README.md is no ckpt.pt of nanoGPT"),
+        (["import", "README.md", "x"], "README.md is not a PyTorch file"),
     ],
 )
 def test_mistakes(flags, says, monkeypatch, tmp_path):

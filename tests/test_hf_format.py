@@ -66,7 +66,7 @@ def test_what_transformers_has_not_is_named(knobs, lacks):
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling 'llama3'"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope scaling 'yarn'"),
         ("llama", {"head_dim": 16}, "head_dim=16, where n_embd/n_head is 8"),
-        ("llama", {"sliding_window": 4096}, "sliding_window=4096"),
+        ("llama", {"sliding_window": 8}, "sliding_window=8"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama", {"n_layer": 3, "num_hidden_layers": "two"}, "num_hidden_layers='two' is not an int"),
         ("gpt2", {"n_head": 0}, "n_head=0 must be greater than 0"),
@@ -91,6 +91,16 @@ def test_what_transformers_has_not_is_named(knobs, lacks):
 def test_what_we_have_not_is_named(name, change, says):
     with pytest.raises(UserError, match=says):
         model_config(config_json(MODELS[name]) | change, "config.json")
+
+
+@pytest.mark.parametrize(("window", "block_size", "fits"), [(16, None, True), (15, None, False), (8, 8, True), (8, 9, False)])
+def test_a_window_as_long_as_the_context_is_none(window, block_size, fits):
+    config = config_json(MODELS["llama"]) | {"model_type": "mistral", "sliding_window": window}
+    if fits:
+        assert model_config(config, "config.json", block_size)[1] == replace(MODELS["llama"], n_kv_head=4)
+    else:
+        with pytest.raises(UserError, match=f"sliding_window={window}"):
+            model_config(config, "config.json", block_size)
 
 
 def test_a_field_that_is_not_there_is_named():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -122,11 +124,15 @@ class Harmful:
 def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Harmful(), "model_args": {}}, "ckpt.pt")
-    with pytest.raises(UserError, match=r"is no ckpt.pt of nanoGPT: Weights only load failed"):
+    with pytest.raises(UserError, match=r"is no ckpt.pt of nanoGPT: it holds more than tensors and plain values, and nothing"):
         open_pretrained("ckpt.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Harmful()))
-    with pytest.raises(UserError, match=r"is no ckpt.pt of nanoGPT"):
+    with pytest.raises(UserError, match=r"plain.pt is not a PyTorch file"):
         open_pretrained("plain.pt")
+    with zipfile.ZipFile("other.pt", "w") as file:
+        file.writestr("a.txt", "text")
+    with pytest.raises(UserError, match=r"other.pt is not a PyTorch file"):
+        open_pretrained("other.pt")
     assert not (tmp_path / "harmed").exists()
 
 
@@ -139,6 +145,32 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
         open_pretrained(str(tmp_path / "ckpt.pt"))
 
 
+def test_a_folder_that_holds_a_nanogpt_checkpoint(tmp_path):
+    write_nanogpt(tmp_path / "ckpt.pt", GPTConfig())
+    assert open_pretrained(str(tmp_path)).name == f"{tmp_path / 'ckpt.pt'}, step 7"
+
+
+def test_a_mistyped_out_dir_is_told_the_runs_that_are_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^out-nope: there is no such file or folder; the hub has gpt2, .* such as org/model$"):
+        open_pretrained("out-nope")
+    for name in ("out-b", "out-a"):
+        make(tmp_path / name / "checkpoints")
+    for name in ("out-nope", "./out-nope", str(tmp_path / "runs" / "out-nope")):
+        with pytest.raises(UserError, match=r"^.*: there is no such file or folder; runs here: out-a, out-b$"):
+            open_pretrained(name)
+
+
+def test_the_hubs_refusal_is_quoted_by_a_whole_sentence(monkeypatch):
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        raise OSError("Not in the cache of version 1.2\nand no network. Set A=0 to " + 200 * "x")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("pretrained.go_offline_without_network", lambda: None)
+    with pytest.raises(UserError, match=r"(?s)`hf download org/model .*\(Not in the cache of version 1\.2\nand no network\.\)$"):
+        open_pretrained("org/model")
+
+
 @pytest.mark.parametrize(
     ("entry", "value", "says"),
     [
@@ -146,7 +178,9 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path):
         ("model_args", {"n_head": 5}, "n_head=5 does not divide n_embd=32"),
         ("model_args", {"bias": "no"}, "bias='no' is not a bool"),
         ("model_args", {"vocab_size": 0}, "vocab_size is needed"),
-        ("model", {"lm_head.weight": 3}, "is no ckpt.pt of nanoGPT"),
+        ("model", {"lm_head.weight": 3}, "is no ckpt.pt of nanoGPT: its model_args, model or config"),
+        ("model", {"transformer.wte.weight": torch.zeros(2, 3)}, r"transformer.wte.weight is \(2, 3\), not \(18, 32\)"),
+        ("model_args", [], "is no ckpt.pt of nanoGPT"),
         ("config", ["tiny"], "is no ckpt.pt of nanoGPT"),
     ],
 )
@@ -260,6 +294,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
 
 def first_tensors(runs: Runs, out_dir: str) -> dict[str, Tensor]:
     return runs.checkpoint(out_dir).read_tensors()
+
+
+def test_a_cropped_context_needs_no_window(runs):
+    cfg = replace(CFG, position_encoding="rope", normalization="rmsnorm", ffn_type="swiglu", bias=False, weight_tying=False)
+    write_folder(runs.folder / "window", cfg=cfg)
+    config = json.loads((runs.folder / "window" / "config.json").read_text()) | {"model_type": "mistral", "sliding_window": 8}
+    (runs.folder / "window" / "config.json").write_text(json.dumps(config))
+    flags = [f"--init_from={runs.folder / 'window'}", "--max_iters=1"]
+    assert "sliding_window=8" in runs.run("windowed", *flags, exit_code=2)
+    runs.run("windowed", *flags, "--block_size=8")
+    hf_convert.main(["import", str(runs.folder / "window"), str(runs.folder / "window_imported"), "--block_size=8"])
 
 
 def test_training_starts_from_the_weights(runs):
