@@ -105,8 +105,6 @@ class CheckpointStore:
         `state["run_name"]` and, where there is one, `state["val_loss"]` with the step it was measured at are repeated in the
         manifest. Waits for the save before.
         """
-        if not self._cfg.save_checkpoints:
-            return 0.0
         t0_s = time.perf_counter()
         self.wait()
         evaluated_step = state.get("counters", {}).get("evaluated_step")
@@ -121,8 +119,6 @@ class CheckpointStore:
 
     def reserve(self, tensors: Mapping[str, torch.Tensor | Piece]) -> None:
         """Begins to allocate what the first save() needs on the host: pinned memory takes a second for a few GB."""
-        if not self._cfg.save_checkpoints:
-            return
         self._writer = threading.Thread(target=self._allocate, args=(as_pieces(tensors),), name="checkpoint", daemon=True)
         self._writer.start()
 

@@ -289,6 +289,10 @@ class Config:
     plan: PlanConfig = PlanConfig()
     origins: dict[str, str] = field(default_factory=dict)  # knob -> "default", "config/x.py:12" or "command line"
 
+    def is_given(self, name: str) -> bool:
+        """Whether a knob's value is not just its default."""
+        return self.origins.get(name, "default") != "default"
+
     def values(self) -> dict[str, Any]:
         """Every knob, flat: what is logged and saved with a checkpoint."""
         return {name: value for section in SECTIONS for name, value in vars(getattr(self, section)).items()}

@@ -55,7 +55,7 @@ class Arithmetic:
             scale = scale_of(torch.linalg.vector_norm(x, torch.inf), dtype, self.margin, 1.0)
         return self.ops.quantize(x, dtype, scale, stats)
 
-    def round_weight(self, weight: Tensor, own: Operands) -> Quantized:
+    def rounded_weight(self, weight: Tensor, own: Operands) -> Quantized:
         """A gathered weight, unless this rank has it rounded all along."""
         return own.copies or self.ops.quantize(weight, E4M3, own.scale_w, own.stats_w)
 
@@ -100,7 +100,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, own: Operands, arithmetic: Arithmetic) -> Tensor:
         rounded = arithmetic.round(x, E4M3, own.scale_x, own.stats_x)
-        w = arithmetic.round_weight(weight, own)
+        w = arithmetic.rounded_weight(weight, own)
         ctx.save_for_backward(weight, *rounded[2:])
         ctx.own, ctx.arithmetic, ctx.dtype = own, arithmetic, x.dtype
         return arithmetic.multiply(rounded[:2], w[:2], arithmetic.dtype, fast=True)
@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         own, arithmetic, (weight, *x) = ctx.own, ctx.arithmetic, ctx.saved_tensors
-        w = arithmetic.round_weight(weight, own)
+        w = arithmetic.rounded_weight(weight, own)
         rounded = arithmetic.round(dy, E5M2, own.scale_dy, own.stats_dy)
         dx = arithmetic.multiply(rounded[:2], w[2:], ctx.dtype)
         return dx, arithmetic.multiply(rounded[2:], x, weight.dtype), None, None
@@ -143,22 +143,22 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w_up: Tensor, w_out: Tensor, up: Operands, out: Operands, arithmetic: Arithmetic) -> Tensor:
         rounded = arithmetic.round(x, E4M3, up.scale_x, up.stats_x)
-        gate_up = arithmetic.multiply(rounded[:2], arithmetic.round_weight(w_up, up)[:2], arithmetic.dtype, fast=True)
+        gate_up = arithmetic.multiply(rounded[:2], arithmetic.rounded_weight(w_up, up)[:2], arithmetic.dtype, fast=True)
         hidden = arithmetic.ops.swiglu_quantize(gate_up, E4M3, out.scale_x, out.stats_x)
         ctx.save_for_backward(w_up, w_out, gate_up, *rounded[2:])
         ctx.up, ctx.out, ctx.arithmetic, ctx.dtype = up, out, arithmetic, x.dtype
-        w = arithmetic.round_weight(w_out, out)
+        w = arithmetic.rounded_weight(w_out, out)
         return arithmetic.multiply((hidden, out.scale_x.reciprocal()), w[:2], arithmetic.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         up, out, arithmetic, (w_up, w_out, gate_up, *x) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
         d = arithmetic.round(dy, E5M2, out.scale_dy, out.stats_dy)
-        d_hidden = arithmetic.multiply(d[:2], arithmetic.round_weight(w_out, out)[2:], gate_up.dtype)
+        d_hidden = arithmetic.multiply(d[:2], arithmetic.rounded_weight(w_out, out)[2:], gate_up.dtype)
         forward = E4M3, out.scale_x
         d_up, hidden = arithmetic.ops.swiglu_backward_quantize(gate_up, d_hidden, E5M2, up.scale_dy, up.stats_dy, forward)
         dw_out = arithmetic.multiply(d[2:], (hidden, out.scale_x.reciprocal()), w_out.dtype)
-        dx = arithmetic.multiply(d_up[:2], arithmetic.round_weight(w_up, up)[2:], ctx.dtype)
+        dx = arithmetic.multiply(d_up[:2], arithmetic.rounded_weight(w_up, up)[2:], ctx.dtype)
         return dx, arithmetic.multiply(d_up[2:], x, w_up.dtype), dw_out, None, None, None
 
 

@@ -61,9 +61,9 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     parameters = gradients = 4 * n // shards
     optimizer = 8 * n // (ranks if strategy == "zero1" else shards)
     if strategy == "fsdp":
-        if parallel.fsdp_accumulate_whole and accumulates:
-            gradients += 4 * n
-        copies, arriving = fsdp_in_flight(cfg, width, ranks)
+        whole = accumulates and bool(parallel.fsdp_accumulate_whole)
+        gradients += 4 * n * whole
+        copies, arriving = fsdp_in_flight(cfg, width, keeps=whole or not parallel.fsdp_reshard_after_forward)
     else:
         copies, arriving = weight_copies(m, width), 4 * unit_parameters(m) if ranks > 1 else gradients * accumulates
     activations = tokens * kept_per_token(cfg, dtype)
@@ -120,17 +120,15 @@ def weight_copies(m: ModelConfig, width: int) -> int:
     return width * (m.vocab_size * m.n_embd if m.gradient_checkpointing else count_parameters(m).matmul)
 
 
-def fsdp_in_flight(cfg: Config, width: int, ranks: int) -> tuple[int, int]:
+def fsdp_in_flight(cfg: Config, width: int, keeps: bool) -> tuple[int, int]:
     """(bytes of gathered weights when the backward pass begins, and of a unit's weights and gradients inside it).
 
-    The root, which is embeddings and head, is gathered by then; of blocks that reshard, one is in use and one on its way. The
-    gradients of a unit are made in `width` and reduced in float32.
+    The root, which is embeddings and head, is gathered by then. Blocks all are where a rank `keeps` them; otherwise one is in use
+    and one on its way. The gradients of a unit are made in `width` and reduced in float32.
     """
     m, total, unit = cfg.model, count_parameters(cfg.model).total, unit_parameters(cfg.model)
     if unit < cfg.parallel.fsdp_min_num_params:
         return width * total, (width + 4) * total
-    accumulates = cfg.data.gradient_accumulation_steps > ranks
-    keeps = not cfg.parallel.fsdp_reshard_after_forward or (cfg.parallel.fsdp_accumulate_whole and accumulates)
     root, n_gathered = total - m.n_layer * unit, m.n_layer if keeps else min(2, m.n_layer)
     gathered = width * (root + n_gathered * unit)
     return gathered, gathered + (width + 4) * max(root, unit)

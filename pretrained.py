@@ -121,7 +121,7 @@ def with_pretrained(cfg: Config, needs_weights: bool = True) -> tuple[Config, Pr
     """
     if not cfg.checkpoint.pretrained:
         return cfg, None
-    given = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") != "default"}
+    given = {name for name in vars(cfg.model) if cfg.is_given(name)}
     block_size = cfg.model.block_size if "block_size" in given else None
     pretrained = open_pretrained(cfg.checkpoint.pretrained, needs_weights=needs_weights, block_size=block_size)
     if block_size is not None:

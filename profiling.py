@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from configurator import Config, RunConfig
-from memory import GIB, first_that_fits, predict_memory, settled, strategies_of
+from memory import GIB, Strategy, first_that_fits, predict_memory, settled, strategies_of
 from parallel import Ranks
 from plan import UNKNOWN_VOCABULARY
 
@@ -121,12 +121,12 @@ def out_of_memory_help(cfg: Config, error: RuntimeError | MemoryError) -> str:
             f"What a compiled step is predicted to need, {ranks} x {strategy}:",
             *(f"  {name:20s} {value / GIB:10.2f} GiB" for name, value in rows.items()),
             *(write_snapshot(Path(cfg.run.out_dir) / SNAPSHOT) if on_gpu else []),
-            f"What needs less: {', '.join(what_needs_less(cfg))}",
+            f"What needs less: {', '.join(what_needs_less(cfg, strategy))}",
         ]
     )
 
 
-def what_needs_less(cfg: Config) -> list[str]:
+def what_needs_less(cfg: Config, strategy: Strategy) -> list[str]:
     """What to type; a smaller micro-batch divides the present one, so that a step has the same tokens and ranks can share it."""
     size, steps, advice = cfg.data.batch_size, cfg.data.gradient_accumulation_steps, []
     if size > 1:
@@ -134,8 +134,8 @@ def what_needs_less(cfg: Config) -> list[str]:
         advice.append(f"--batch_size={smaller} --gradient_accumulation_steps={steps * size // smaller} (the same tokens a step)")
     if not cfg.model.gradient_checkpointing:
         advice.append("--gradient_checkpointing")
-    if cfg.parallel.fsdp_accumulate_whole:
-        advice.append("--fsdp_accumulate_whole=False (under fsdp)")
+    if strategy == "fsdp" and cfg.parallel.fsdp_accumulate_whole:
+        advice.append("--fsdp_accumulate_whole=False")
     return [*advice, f"a shorter --block_size (now {cfg.model.block_size:,})", "fewer or narrower layers"]
 
 

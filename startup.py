@@ -79,7 +79,7 @@ def shape_to_resume(cfg: Config) -> dict[str, tuple[Any, str]]:
             checkpoint = find_checkpoint(cfg.run.out_dir, which, lambda line: None, checksums=False)
     config = checkpoint.state["config"] if checkpoint else {}
     origins = {name: origin for name, origin in config.get("origins", {}).items() if origin.startswith("--init_from=")}
-    mine = {name for name in vars(cfg.model) if cfg.origins.get(name, "default") == "default"}
+    mine = {name for name in vars(cfg.model) if not cfg.is_given(name)}
     return {name: (config["values"][name], origin) for name, origin in origins.items() if name in mine}
 
 
@@ -204,19 +204,21 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
         yield "--save_checkpoints=False: what is trained ends with this run"
     if cfg.run.memory_history and state.ranks.device.type == "cpu":
         yield "--memory_history records nothing on a CPU"
-    if cfg.origins.get("num_gpus", "default") != "default":
+    if cfg.is_given("num_gpus"):
         yield f"--num_gpus is of --plan; this run has {n} rank{'s' * (n > 1)}, and torchrun --nproc_per_node=N starts N of them"
     if n == 1 and cfg.parallel.asked in ("zero1", "fsdp"):
         yield f"one process shards nothing by {cfg.parallel.asked}: torchrun --nproc_per_node=N starts several"
     else:
-        yield from idle_fsdp_knobs(cfg, state.layout.name)
+        yield from idle_fsdp_knobs(cfg, state.layout.name, one_micro_step=cfg.data.gradient_accumulation_steps == n)
 
 
-def idle_fsdp_knobs(cfg: Config, layout: str) -> Iterator[str]:
+def idle_fsdp_knobs(cfg: Config, layout: str, one_micro_step: bool) -> Iterator[str]:
     names = ("fsdp_min_num_params", "fsdp_reshard_after_forward", "fsdp_accumulate_whole", "hsdp_shard_size")
-    given = [name for name in names if cfg.origins.get(name, "default") != "default"]
+    given = [name for name in names if cfg.is_given(name)]
     if layout != "fsdp":
         yield from (f"--{name} is of fsdp: {layout} does not use it" for name in given)
+    elif one_micro_step and "fsdp_accumulate_whole" in given:
+        yield "--fsdp_accumulate_whole does nothing: a step has one micro-step a rank"
     elif cfg.parallel.fsdp_accumulate_whole and "fsdp_reshard_after_forward" in given:
         yield "--fsdp_reshard_after_forward does nothing while fsdp exchanges once a step (--fsdp_accumulate_whole=False)"
 

@@ -128,7 +128,7 @@ def loop(run: Run) -> None:
         evaluate(run)
         measure_if_due(run)
         return
-    run.store.reserve(state.to_save())
+    run.store.reserve(state.to_save() if cfg.checkpoint.save_checkpoints else {})
     improved = evaluate_if_due(run)  # at step 0; after a resume what a stop cut short
     save_latest(run, *(["best_model"] if improved else []))
     measure_if_due(run)
@@ -141,7 +141,7 @@ def loop(run: Run) -> None:
         report_steps(run, keep=run.readback.depth)
         improved = evaluate_if_due(run)
         measure_if_due(run)
-        if tiers := tiers_due(run, improved, epoch):
+        if cfg.checkpoint.save_checkpoints and (tiers := tiers_due(run, improved, epoch)):
             save(run, tiers)
         run.store.poll()
     report_steps(run, keep=0)
@@ -281,7 +281,7 @@ def tiers_due(run: Run, improved: bool, epoch_before: int) -> list[str]:
 
 def save_latest(run: Run, *others: str) -> None:
     """And the other tiers; unless `latest` holds just this, or nothing has been trained."""
-    if run.state.step > 0 and run.in_latest != run.state.progress:
+    if run.cfg.checkpoint.save_checkpoints and run.state.step > 0 and run.in_latest != run.state.progress:
         save(run, ["latest", *others])
 
 
