@@ -105,6 +105,7 @@ NOT_SHAPE = ("dropout", "gradient_checkpointing", "loss_chunk_rows")  # knobs of
 class KernelConfig:
     norm_kernel: Kernel = "auto"  # LayerNorm, RMSNorm and the addition before: triton (GPUs only) or torch; auto is the faster
     swiglu_kernel: Kernel = "auto"  # SwiGLU's gate: triton (GPUs only) or torch; auto is the faster
+    gelu_kernel: Kernel = "auto"  # GELU, exact or by tanh: triton (GPUs only) or torch; auto is the faster
     rope_kernel: Kernel = "auto"  # rotary positions: triton (GPUs only) or torch; auto is the faster
     cross_entropy_kernel: Kernel = "auto"  # the loss with the head's product: triton (GPUs only) or torch; auto is the faster
     adamw_kernel: Kernel = "auto"  # the optimizer's step: triton (GPUs only) or torch; auto is the faster

@@ -26,14 +26,6 @@ from kernels import REFERENCE, Operations
 Rope = tuple[Tensor, Tensor]  # cos and sin, (T, D/2) each
 Stream = tuple[Tensor, Tensor | None]  # the residual stream, and the branch that it still lacks; (B, T, C) each
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "relu_squared": lambda x: F.relu(x).square(),
-}
-
 
 def autocast_to_bfloat16(device: str) -> bool:
     if device == "meta":  # knows no autocast: asking raises
@@ -161,13 +153,26 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
 
+def activation(cfg: ModelConfig, ops: Operations) -> Callable[[Tensor], Tensor]:
+    """What lies between the feed-forward's two products."""
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {
+        "swiglu": ops.swiglu,
+        "gelu": ops.gelu,
+        "gelu_tanh": ops.gelu_tanh,
+        "relu": F.relu,
+        "silu": F.silu,
+        "relu_squared": lambda x: F.relu(x).square(),
+    }
+    return kinds[cfg.activation if cfg.ffn_type == "standard" else cfg.ffn_type]
+
+
 class FeedForward(nn.Module):
     """Two matrices and an activation, or SwiGLU's three, the first two of which (gate and up) are one product."""
 
     def __init__(self, cfg: ModelConfig, ops: Operations) -> None:
         super().__init__()
         swiglu = cfg.ffn_type == "swiglu"
-        self.activation = ops.swiglu if swiglu else ACTIVATIONS[cfg.activation]
+        self.activation = activation(cfg, ops)
         self.up = nn.Linear(cfg.n_embd, (2 if swiglu else 1) * cfg.ffn_hidden, bias=cfg.bias)  # swiglu: gate, then up
         self.out = nn.Linear(cfg.ffn_hidden, cfg.n_embd, bias=cfg.bias)
 

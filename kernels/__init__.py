@@ -16,6 +16,7 @@ from kernels import reference
 GROUPS = {  # knob -> what it chooses
     "norm_kernel": ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"),
     "swiglu_kernel": ("swiglu",),
+    "gelu_kernel": ("gelu", "gelu_tanh"),
     "rope_kernel": ("rope", "rope_qkv_"),
     "cross_entropy_kernel": ("linear_cross_entropy",),
     "adamw_kernel": ("AdamW",),
@@ -32,6 +33,8 @@ class Operations:
     add_layer_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     swiglu: Callable[..., Any]
+    gelu: Callable[..., Any]
+    gelu_tanh: Callable[..., Any]
     rope: Callable[..., Any]
     rope_qkv_: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
@@ -63,6 +66,7 @@ def triton_kernels() -> Operations:
     """All operations as Triton kernels."""
     from kernels.adamw import AdamW
     from kernels.cross_entropy import linear_cross_entropy
+    from kernels.gelu import gelu, gelu_tanh
     from kernels.layer_norm import add_layer_norm, layer_norm
     from kernels.quantize import quantize
     from kernels.rms_norm import add_rms_norm, rms_norm
@@ -71,4 +75,4 @@ def triton_kernels() -> Operations:
     from kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 
     norms, fp8 = (layer_norm, rms_norm, add_layer_norm, add_rms_norm), (quantize, swiglu_quantize, swiglu_backward_quantize)
-    return Operations(*norms, swiglu, rope, rope_qkv_, linear_cross_entropy, AdamW, *fp8)
+    return Operations(*norms, swiglu, gelu, gelu_tanh, rope, rope_qkv_, linear_cross_entropy, AdamW, *fp8)

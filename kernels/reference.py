@@ -60,6 +60,16 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x), where Phi is the normal distribution: x (...) -> (...). PyTorch's computes low precision in float32 by itself."""
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """OpenAI's: x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, x (...) -> (...)."""
+    return F.gelu(x, approximate="tanh")
+
+
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate each pair (i, i + D/2) of a head by its position's angle: (a, b) -> (a cos - b sin, b cos + a sin).
 

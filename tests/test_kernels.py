@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,14 @@ def naive_swiglu(gate_up: Tensor) -> Tensor:
     half = gate_up.shape[-1] // 2
     gate, up = gate_up[..., :half], gate_up[..., half:]
     return gate / (1 + torch.exp(-gate)) * up
+
+
+def naive_gelu(x: Tensor) -> Tensor:
+    return x * torch.distributions.Normal(0.0, 1.0).cdf(x)
+
+
+def naive_gelu_tanh(x: Tensor) -> Tensor:
+    return x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def naive_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,6 +125,12 @@ def test_swiglu(shape, dtype):
     assert_equal_to_float64(reference.swiglu, naive_swiglu, [normal(*shape, dtype=dtype)], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("gelu", ((reference.gelu, naive_gelu), (reference.gelu_tanh, naive_gelu_tanh)), ids=("exact", "tanh"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu(gelu, dtype):
+    assert_equal_to_float64(*gelu, [3 * normal(5, 100, dtype=dtype)], TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), ((1, 1, 2), (4, 2, 6), (3, 3, 64)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope(heads, kv_heads, head_dim, dtype):
@@ -177,7 +192,7 @@ def test_autocast_changes_nothing(dtype):
 
     def everything() -> list[Tensor]:
         norms = [reference.layer_norm(x, w, w, EPS), reference.rms_norm(x, w, EPS)]
-        return [*norms, reference.swiglu(x), *reference.rope(x, x, cos, sin)]
+        return [*norms, reference.swiglu(x), reference.gelu(x), reference.gelu_tanh(x), *reference.rope(x, x, cos, sin)]
 
     plain = everything()
     with torch.autocast("cpu", torch.bfloat16):
@@ -198,10 +213,18 @@ def test_triton_on_a_cpu_is_refused() -> None:
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("normalization", ["layernorm", "rmsnorm"])
-def test_a_model_of_triton_kernels_is_the_same_model(normalization: str, qk_norm: bool) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalization": "layernorm", "ffn_type": "swiglu"},
+        {"normalization": "rmsnorm", "activation": "gelu"},
+        {"normalization": "rmsnorm", "activation": "gelu_tanh", "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_a_model_of_triton_kernels_is_the_same_model(parts: dict[str, Any], qk_norm: bool) -> None:
     sizes = dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=24, block_size=8, vocab_size=32, position_encoding="rope")
-    cfg = ModelConfig(**sizes, normalization=normalization, ffn_type="swiglu", bias=True, qk_norm=qk_norm)
+    cfg = ModelConfig(**sizes, **parts, bias=True, qk_norm=qk_norm)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(32, (2, 2, 8), generator=torch.Generator().manual_seed(0)).to(device)
     gradients = []

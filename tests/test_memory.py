@@ -76,9 +76,10 @@ def kept_bytes(argv: list[str], who: str) -> int:
         pytest.param("triton", [*LLAMA, *TINY, "--d_ff=132", "--gradient_checkpointing"], marks=needs_triton),
         ("torch", [*LLAMA, *TINY, "--d_ff=132", "--dtype=float32"]),
         ("torch", [*GPT2, *TINY]),
+        pytest.param("triton", [*GPT2, *TINY], marks=needs_triton),
         ("torch", [*GPT2, *TINY, "--norm_position=post", "--bias", "--position_encoding=none", "--activation=relu"]),
     ],
-    ids=["llama_torch", "llama_triton", "gqa_qk_norm", "checkpointed", "float32", "gpt2", "post_norm_biases"],
+    ids=["llama_torch", "llama_triton", "gqa_qk_norm", "checkpointed", "float32", "gpt2", "gpt2_triton", "post_norm_biases"],
 )
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own making
 def test_kept_bytes_are_what_the_partitioner_keeps(who, argv):
