@@ -116,6 +116,7 @@ def block_cases() -> Iterator[Case]:
     import torch.nn.functional as F
 
     from kernels import reference
+    from kernels.gelu import gelu
     from kernels.rope import rope_qkv_
     from kernels.swiglu import swiglu
 
@@ -125,6 +126,11 @@ def block_cases() -> Iterator[Case]:
     exact = lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1]  # noqa: E731
     phases = {"forward": 3 * gb, "backward": 5 * gb}
     yield Case("swiglu", f"{N_TOKENS:,} x {width:,}", lambda: [normal(N_TOKENS, 2 * width)], exact, functions, phases)
+
+    width = 4 * 2432  # full_gpt2_1.36b.py's
+    gb = N_TOKENS * width * 2 / 1e9
+    functions, phases = {"eager": reference.gelu, "ours": gelu}, {"forward": 2 * gb, "backward": 3 * gb}
+    yield Case("gelu", f"{N_TOKENS:,} x {width:,}", lambda: [normal(N_TOKENS, width)], F.gelu, functions, phases)
 
     B, T, H, D = 8, N_TOKENS // 8, 18, 128
     angle = torch.outer(torch.arange(T, device="cuda"), 1e-4 ** (torch.arange(D // 2, device="cuda") * 2 / D))
