@@ -16,6 +16,7 @@ GIB = 2**30
 Strategy = Literal["ddp", "zero1", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
 LOGITS_BYTES = 2**31  # kernels/cross_entropy.py's CHUNK_BYTES
+RING_BYTES, HOST_RANKS = 2**26, 8  # exchange.py's ring, for each rank of a host, and as many ranks as share one
 USABLE = 0.92  # of a GPU's memory: the CUDA context, the buffers of NCCL and cuBLAS and the allocator's gaps take the rest
 
 # fmt: off
@@ -73,7 +74,10 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     if m.gradient_checkpointing:
         inside += tokens * kept_in_block(cfg, dtype)
     at_start = gradients * accumulates + copies + activations + max(logits, inside)
-    peak = parameters + optimizer + max(at_start, gradients + arriving)
+    ring = 0
+    if strategy != "fsdp" and 1 < ranks <= HOST_RANKS and parallel.exchange != "collectives":
+        ring = min(RING_BYTES * ranks, 4 * n)
+    peak = parameters + optimizer + ring + max(at_start, gradients + arriving)
     return MemoryUse(parameters, gradients, optimizer, copies, activations, logits, peak)
 
 

@@ -12,7 +12,6 @@ follows from `Part`: the optimizer works on the parts alone, and a checkpoint is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,15 +21,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
+from exchange import Collectives, Copies, Wait, choose_exchange, own_rows
 from memory import GIB, USABLE, first_that_fits, predict_memory, settled
 from optim import Gradients
 from parallel import Ranks
 from precision import dtype_name
-
-if hasattr(dist, "all_gather_single"):
-    from torch.distributed import all_gather_single
-else:  # its name before torch 2.13
-    from torch.distributed import all_gather_into_tensor as all_gather_single
 
 
 @dataclass(frozen=True)
@@ -41,12 +36,6 @@ class Part:
     rows: Tensor
     first_row: int  # of the whole parameter
     copies: int  # ranks that hold these same rows
-
-
-def own_rows(n_rows: int, share: int, n_shares: int) -> tuple[int, int]:
-    """First row and the one behind the last of share number `share`; a late share of a few rows may be empty."""
-    size = -(-n_rows // n_shares)
-    return min(share * size, n_rows), min((share + 1) * size, n_rows)
 
 
 def put_rows(parameter: Tensor, values: Tensor) -> None:
@@ -68,8 +57,8 @@ class Layout:
 
     name = "one process"
 
-    def __init__(self, ranks: Ranks, cfg: ParallelConfig, dtype: torch.dtype) -> None:
-        self.ranks, self.cfg, self.dtype = ranks, cfg, dtype
+    def __init__(self, ranks: Ranks, cfg: ParallelConfig, dtype: torch.dtype, exchange_by: str = "") -> None:
+        self.ranks, self.cfg, self.dtype, self.exchange_by = ranks, cfg, dtype, exchange_by
         self.parts: dict[str, Part] = {}
 
     def shard(self, model: nn.Module) -> None:
@@ -105,49 +94,58 @@ class Layout:
 class DataParallel(Layout):
     """ddp: a gradient is averaged over the ranks while the backward pass goes on with the next.
 
-    PyTorch's DistributedDataParallel does the same with a second copy of the gradients, in buckets.
+    PyTorch's DistributedDataParallel does the same with a second copy of the gradients, in buckets. Vectors (norms, biases), a
+    ten-thousandth of the elements, follow together at the end.
     """
 
     name = "ddp"
+    everywhere = True  # each rank wants the average of all rows
 
     def attach(self, model: nn.Module) -> None:
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        spread = [] if self.everywhere else matrices
+        copies = self.exchange_by == "copies"
+        self.exchange = Copies(self.ranks, matrices, spread) if copies else Collectives(self.ranks)
         super().attach(model)
-        self._exchange, self._works = False, []
-        self._can_average = self.ranks.device.type == "cuda"  # NCCL divides on its way, gloo does not
-        for part in self.parts.values():
-            part.parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        self.vectors = [p for p in model.parameters() if p.ndim < 2]
+        self._is_last = False
+        for p in matrices:
+            p.register_post_accumulate_grad_hook(self._on_gradient)
 
     def begin(self, is_last: bool) -> None:
-        self._exchange = is_last
+        self._is_last = is_last
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        if self._exchange:
-            op = dist.ReduceOp.AVG if self._can_average else dist.ReduceOp.SUM
-            self._works.append(dist.all_reduce(parameter.grad, op, async_op=True))
+        if self._is_last:
+            self.exchange.average(parameter.grad, self.everywhere)
 
     def gradients(self) -> Gradients:
-        for work in self._works:
-            work.wait()  # on a GPU only the stream waits
-        self._works.clear()
-        whole = [part.parameter.grad for part in self.parts.values()]
-        if not self._can_average:
-            torch._foreach_div_(whole, self.ranks.world_size)
-        return Gradients(whole, self.n_elements)
+        vectors = [p.grad for p in self.vectors]
+        if vectors:
+            flat = self.ranks.sum_(torch.cat([v.flatten() for v in vectors])) / self.ranks.world_size
+            torch._foreach_copy_(vectors, list(flat.split([v.numel() for v in vectors])))  # vectors have one dimension
+        self.exchange.finish_averages()
+        own = [self.own_rows_of(part.parameter.grad) for part in self.parts.values() if part.parameter.ndim > 1]
+        counted = [rows for rows in own if len(rows)] + (vectors if self.ranks.is_main else [])
+        return Gradients(counted, self.n_elements, self.ranks.sum_)
+
+    def own_rows_of(self, tensor: Tensor) -> Tensor:
+        first, end = own_rows(len(tensor), self.ranks.rank, self.ranks.world_size)
+        return tensor[first:end]
 
 
 class Zero1(DataParallel):
     """zero1: every rank updates its own rows of the matrices and gathers the others' while the next forward pass begins.
 
-    Vectors (norms, biases), a ten-thousandth of the elements, are updated by all. Gradients, their norm and so every weight
-    are bitwise ddp's.
+    Vectors are updated by all. Gradients, their norm and so every weight are bitwise ddp's.
     """
 
     name = "zero1"
+    everywhere = False
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
-        # By the module that reads the parameters: what is under way to them.
-        self._gathers: dict[nn.Module, list[tuple[Any, Part, Tensor]]] = {}
+        self._waits: dict[nn.Module, list[Wait]] = {}  # by the module that reads the parameters: what is under way to them
         units = model.shard_units()
         for unit in (model, *units):
             unit.register_forward_pre_hook(lambda module, args: self._wait_for(module))
@@ -163,39 +161,27 @@ class Zero1(DataParallel):
     def part_of(self, parameter: nn.Parameter) -> Part:
         if parameter.ndim < 2:
             return super().part_of(parameter)
-        first, end = own_rows(len(parameter), self.ranks.rank, self.ranks.world_size)
-        return Part(parameter, parameter.detach()[first:end], first, 1)
+        first, _ = own_rows(len(parameter), self.ranks.rank, self.ranks.world_size)
+        return Part(parameter, self.own_rows_of(parameter.detach()), first, 1)
 
     def gradients(self) -> Gradients:
         gradients = super().gradients()
         for _, part in self._sharded:
             if len(part.rows):  # AdamW passes over what has no gradient
-                part.rows.grad = part.parameter.grad[part.first_row : part.first_row + len(part.rows)]
+                part.rows.grad = self.own_rows_of(part.parameter.grad)
         return gradients
 
     def finish(self) -> None:
         for reader, part in self._sharded:
             part.parameter.grad = None
-            self._gathers.setdefault(reader, []).append(self._gather(part))
-
-    def _gather(self, part: Part) -> tuple[Any, Part, Tensor]:
-        """Starts bringing everybody's rows here: (the work, the part, where they arrive)."""
-        n, arriving = self.ranks.world_size, part.parameter.detach()
-        rows, n_rows = part.rows, -(-len(arriving) // n)
-        if len(arriving) % n:  # some have fewer rows, or none: all send as many, and what is too much is left out
-            arriving = arriving.new_zeros(n * n_rows, *arriving.shape[1:])
-            rows = arriving[self.ranks.rank * n_rows :][:n_rows]
-            rows[: len(part.rows)] = part.rows
-        return all_gather_single(arriving.view(-1), rows.view(-1), async_op=True), part, arriving
+            self._waits.setdefault(reader, []).append(self.exchange.spread(part.parameter.detach()))
 
     def _wait_for(self, reader: nn.Module) -> None:
-        for work, part, arriving in self._gathers.pop(reader, []):
-            work.wait()
-            if len(arriving) > len(part.parameter):
-                part.parameter.detach().copy_(arriving[: len(part.parameter)])
+        for wait in self._waits.pop(reader, []):
+            wait()
 
     def settle(self) -> None:
-        for reader in list(self._gathers):
+        for reader in list(self._waits):
             self._wait_for(reader)
 
 
@@ -287,7 +273,10 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
     if name == "fsdp" and steps > n:
         why += f", exchanging {'once a step' if cfg.parallel.fsdp_accumulate_whole else 'in each micro-step'}"
-    return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype), f"{name} over {n} ranks, {why}"
+    exchange_by = choose_exchange(cfg.parallel.exchange, ranks) if name != "fsdp" else "collectives"
+    if exchange_by == "copies":
+        why += ", exchanging by the GPUs' copy engines"
+    return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
 
 
 def choose_by_memory(cfg: Config, dtype: torch.dtype, n_ranks: int, memory_gib: float) -> tuple[str, str]:

@@ -4,8 +4,10 @@
         [--steps=10] [--no_profile] [--json=FILE]
 
 A step is `micro_steps` micro-batches a rank of `batch_size` x `block_size` random tokens, with train.py's own layout, compiled
-units and update. Efficiency is a rank's tokens a second over those of one rank alone with as many micro-steps. Exposed
-communication is the time in which a GPU runs NCCL's kernels and no others. All settings of one number of ranks share a launch.
+units and update. Efficiency is a rank's tokens a second over those of one rank alone with as many micro-steps, by the mean of
+the GPUs: `--ranks=1,4` first runs each of the four GPUs alone, all at the same time. GPUs of a host differ, and together they
+are as fast as the slowest; `of_slowest` is over that one. Exposed communication is the time in which a GPU runs NCCL's kernels,
+or copies between GPUs, and nothing else. All settings of one number of ranks share a launch.
 Needs as many GPUs as ranks; with --device=cpu it runs over gloo, to try the script itself.
 """
 
@@ -16,6 +18,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -72,7 +75,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
             layout.begin(is_last=number == micro_steps)
             micro_step(idx[0], idx[1])
         gradients = layout.gradients()
-        gradient_bytes = sum(g.nbytes for g in gradients.tensors)
+        gradient_bytes = sum(getattr(p.grad, "_local_tensor", p.grad).nbytes for p in model.parameters())
         update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
         fp8.finish_step()
         layout.finish()
@@ -108,7 +111,7 @@ def step_times_ms(step: Callable[[], None], n_steps: int, device: Any) -> list[f
 
 
 def exposed_ms(step: Callable[[], None]) -> float:
-    """Milliseconds of one step in which NCCL's kernels run and no other kernel does."""
+    """Milliseconds of one step in which NCCL's kernels or copies run and no kernel that computes does."""
     import torch
 
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -116,7 +119,7 @@ def exposed_ms(step: Callable[[], None]) -> float:
         step()
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans = [(e.time_range.start, e.time_range.end, e.name.startswith("nccl")) for e in events]
+    spans = [(e.time_range.start, e.time_range.end, e.name.startswith(("nccl", "Memcpy"))) for e in events]
     edges = sorted([(t, sign, is_nccl) for start, end, is_nccl in spans for t, sign in ((start, 1), (end, -1))])
     running, exposed_us, last_us = {True: 0, False: 0}, 0.0, 0.0
     for now_us, sign, is_nccl in edges:
@@ -157,19 +160,31 @@ def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
 
 
 def add_rates(rows: list[dict[str, Any]], cfg: Config) -> None:
-    """tokens/s a rank, and its share of what one rank alone reaches with as many micro-steps."""
-    alone = {}
+    """tokens/s a rank, and its share of what one rank alone reaches with as many micro-steps: on average, and the slowest."""
+    alone: dict[int, list[float]] = {}
     for row in rows:
         tokens = row["micro_steps"] * cfg.data.batch_size * cfg.model.block_size
         row["tokens_per_s_per_rank"] = round(1e3 * tokens / row["step_ms"])
         if row["ranks"] == 1:
-            alone[row["micro_steps"]] = row["tokens_per_s_per_rank"]
-        base = alone.get(row["micro_steps"])
-        row["efficiency"] = round(row["tokens_per_s_per_rank"] / base, 4) if base else None
+            alone.setdefault(row["micro_steps"], []).append(row["tokens_per_s_per_rank"])
+    for row in rows:
+        base, rate = alone.get(row["micro_steps"]), row["tokens_per_s_per_rank"]
+        row["efficiency"] = round(rate / statistics.mean(base), 4) if base else None
+        row["of_slowest"] = round(rate / min(base), 4) if base else None
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    columns = ("ranks", "strategy", "micro_steps", "step_ms", "tokens_per_s_per_rank", "efficiency", "peak_gib", "parameters_gib")
+    columns = (
+        "ranks",
+        "strategy",
+        "micro_steps",
+        "step_ms",
+        "tokens_per_s_per_rank",
+        "efficiency",
+        "of_slowest",
+        "peak_gib",
+        "parameters_gib",
+    )
     columns += ("gradients_gib", "optimizer_gib", "activations_and_rest_gib", "exposed_communication_ms")
     widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in columns]
     for line in (dict(zip(columns, columns, strict=True)), *rows):
@@ -195,15 +210,20 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     flags = [f"--{name}={value}" for name, value in vars(args).items() if name in ("strategies", "micro_steps", "steps")]
+    numbers = [int(n) for n in args.ranks.split(",")]
+    own = [__file__, *flags, *([] if args.profile else ["--no_profile"]), *knobs]
     with tempfile.TemporaryDirectory() as folder:
-        for n in args.ranks.split(","):
-            path = Path(folder, f"{n}.json")
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-            own = [__file__, f"--rows={path}", *flags, *([] if args.profile else ["--no_profile"])]
-            done = subprocess.run([*launch, *own, *knobs])
-            rows += json.loads(path.read_text()) if path.exists() else []  # what was measured before a failure counts
-            if done.returncode:
-                print(f"the launch of {n} ranks ended with exit code {done.returncode}", file=sys.stderr)
+        for n in numbers:
+            launches = []
+            for gpu in range(max(numbers) if n == 1 and cfg.run.device != "cpu" else 1):
+                path = Path(folder, f"{n}-{gpu}.json")
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if n == 1 else {})
+                launches.append((path, subprocess.Popen([*command, *own, f"--rows={path}"], env=environment)))
+            for path, process in launches:
+                if process.wait():
+                    print(f"a launch of {n} ranks ended with exit code {process.returncode}", file=sys.stderr)
+                rows += json.loads(path.read_text()) if path.exists() else []  # what was measured before a failure counts
     add_rates(rows, cfg)
     report(rows)
     if args.json:

@@ -67,7 +67,8 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
         return dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject))).size()
 
     data = dataclasses.replace(cfg.data, gradient_accumulation_steps=micro_steps * n_ranks)
-    cfg = dataclasses.replace(cfg, data=data, parallel=dataclasses.replace(cfg.parallel, parallel=strategy))
+    parallel = dataclasses.replace(cfg.parallel, parallel=strategy, exchange="collectives")  # as between hosts
+    cfg = dataclasses.replace(cfg, data=data, parallel=parallel)
     with ExitStack() as stack:
         dist.init_process_group("fake", rank=0, world_size=n_ranks, store=FakeStore())
         stack.callback(dist.destroy_process_group)
@@ -87,12 +88,13 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
                 with autocast(ranks.device, dtype):
                     loss = model(idx, idx)
                 loss.backward()
-            gradients = layout.gradients()
+            layout.gradients()
+            gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
             layout.finish()
             layout.settle()
         held = {
             "parameters": sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters()),
-            "gradients": sum(g.nbytes for g in gradients.tensors),
+            "gradients": sum(g.nbytes for g in gradients),
             "optimizer": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         }
     held["peak"] = predict_memory(cfg, "bfloat16", strategy, n_ranks).peak

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,8 @@ def bare_loop(argv: list[str]) -> list[float]:
 
     cfg = load_config(argv)
     cfg = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))
-    device = start_ranks(cfg.run).device
+    with ExitStack() as stack:
+        device = start_ranks(cfg.run, cfg.parallel, stack).device
     dtype = choose_dtype(cfg.run.dtype, device)
     ops = kernels.choose(vars(cfg.kernels), device.type)[0]
     model = build_model(cfg.model, device, cfg.run.seed, ops)

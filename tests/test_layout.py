@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
     "fp8": "configurator kernels precision",
-    "sharding": "configurator memory optim parallel precision",
+    "sharding": "configurator exchange memory optim parallel precision",
+    "exchange": "configurator parallel",
     "parallel": "configurator",
     "optim": "configurator",
     "flops": "configurator",
@@ -53,7 +54,14 @@ MAY_IMPORT = {
 }
 # Packages that one place owns. The tests may import all of them.
 OWNERS = {
-    "torch.distributed": ("parallel", "sharding", "checkpoint", "checkpoint_files", "benchmarks"),  # a benchmark simulates it
+    "torch.distributed": (
+        "parallel",
+        "exchange",
+        "sharding",
+        "checkpoint",
+        "checkpoint_files",
+        "benchmarks",
+    ),  # a benchmark simulates it
     "triton": ("kernels",),
     "transformer_engine": ("benchmarks",),  # which runs it as a peer
     "transformers": ("hf_convert", "data", "benchmarks"),  # a benchmark runs it as a peer

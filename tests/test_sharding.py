@@ -29,13 +29,14 @@ import checkpoint_files
 import train
 from checkpoint_files import open_checkpoint
 from configurator import ROOT, Fp8Config, load_config
+from exchange import own_rows
 from fp8 import Fp8
 from kernels import REFERENCE
 from model import build_model
 from optim import build_optimizer
 from parallel import Ranks, start_ranks
 from precision import LossScale
-from sharding import choose_layout, own_rows, put_rows
+from sharding import choose_layout, put_rows
 from startup import TrainState
 from tiny_runs import Runs, nothing
 

@@ -1,0 +1,278 @@
+"""What ddp and zero1 exchange in a step: gradients become averages, and rows that one rank has updated go to all.
+
+`Collectives` are torch.distributed's, between any ranks. `Copies` are for GPUs of one host that reach each other's memory: the
+GPUs' copy engines move everything while all multiprocessors go on computing. NCCL's kernels run on multiprocessors, and a matrix
+product that was cut for all of them takes longer by a whole round where some are taken; docs/RESULTS.md has the figures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configurator import UserError
+from parallel import Ranks
+
+if hasattr(dist, "all_gather_single"):
+    from torch.distributed import all_gather_single
+else:  # its name before torch 2.13
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+
+PIECE = 2**22  # elements that one rank sends another at a time: 16 MiB, at which a copy reaches nine tenths of NVLink's speed
+RING_PIECES = 4  # of each rank's gradients, on their way at the same time
+Wait = Callable[[], None]  # returns when what is under way may be read; on a GPU the stream waits, not the host
+
+
+def own_rows(n_rows: int, share: int, n_shares: int) -> tuple[int, int]:
+    """First row and the one behind the last of share number `share`; a late share of a few rows may be empty."""
+    size = -(-n_rows // n_shares)
+    return min(share * size, n_rows), min((share + 1) * size, n_rows)
+
+
+class Collectives:
+    """torch.distributed's: NCCL between GPUs, gloo between CPUs."""
+
+    name = "collectives"
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._averages: list[tuple[Any, Tensor]] = []
+        self._can_average = ranks.device.type == "cuda"  # NCCL divides on its way, gloo does not
+
+    def average(self, gradient: Tensor, everywhere: bool) -> None:
+        """Starts turning (rows, ...) into its mean over the ranks: all of it `everywhere`, otherwise at least the own rows."""
+        op = dist.ReduceOp.AVG if self._can_average else dist.ReduceOp.SUM
+        self._averages.append((dist.all_reduce(gradient, op, async_op=True), gradient))
+
+    def finish_averages(self) -> None:
+        """Returns when all that was started may be read: on a GPU the stream waits, not the host."""
+        for work, _ in self._averages:
+            work.wait()
+        if not self._can_average:
+            torch._foreach_div_([gradient for _, gradient in self._averages], self.ranks.world_size)
+        self._averages.clear()
+
+    def spread(self, parameter: Tensor) -> Wait:
+        """Starts bringing everybody's own rows into everybody's (rows, ...)."""
+        n, arriving = self.ranks.world_size, parameter
+        first, end = own_rows(len(parameter), self.ranks.rank, n)
+        rows, n_rows = parameter[first:end], -(-len(parameter) // n)
+        if len(parameter) % n:  # some have fewer rows, or none: all send as many, and what is too much is left out
+            arriving = parameter.new_zeros(n * n_rows, *parameter.shape[1:])
+            rows = arriving[self.ranks.rank * n_rows :][:n_rows]
+            rows[: end - first] = parameter[first:end]
+        work = all_gather_single(arriving.view(-1), rows.view(-1), async_op=True)
+
+        def wait() -> None:
+            work.wait()
+            if arriving is not parameter:
+                parameter.copy_(arriving[: len(parameter)])
+
+        return wait
+
+
+class Copies:
+    """Copies between the memories of a host's GPUs, beside the stream that computes.
+
+    A gradient is cut into a share for each rank, (rows of a rank) x ..., and shares into pieces. Of each piece every rank
+    sends every other what it has of the other's share (ARRIVED), averages what it has got of its own, in the order of the ranks,
+    and, for ddp, fetches the other averages (AVERAGED). What arrives lies in a ring in each GPU, which is a place of the same
+    offset on all of them; a place is used again when no rank needs it any more (FINISHED). The ranks number the pieces alike,
+    because the backward pass makes gradients in the same order everywhere.
+
+    `at_home`: the parameters whose rows are to be `spread`; they move to memory that the other ranks reach.
+    """
+
+    name = "copies"
+    ARRIVED, AVERAGED, FINISHED, SPREAD = range(4)
+
+    def __init__(self, ranks: Ranks, gradients: Sequence[Tensor], at_home: Sequence[Tensor]) -> None:
+        self.me, self.n = ranks.rank, ranks.world_size
+        self.others = [(self.me + k) % self.n for k in range(1, self.n)]  # not all to the same one first
+        padded = [self.n * -(-len(g) // self.n) * g[:1].numel() for g in gradients]
+        self.ring_size = min(RING_PIECES * self.n * PIECE, sum(padded))
+        self.peers = PeerMemory(ranks, 4 * (self.ring_size + sum(p.numel() for p in at_home)))
+        everybody = [memory.view(torch.float32) for memory in self.peers.memory]
+        self.rings = [floats[: self.ring_size] for floats in everybody]
+        self.ring_end, self.in_ring, self.n_pieces = 0, list[tuple[int, int, int]](), 0  # (number, start, end) of a piece
+        self.homes: dict[int, list[Tensor]] = {}  # by address: a parameter in everybody's memory
+        self.n_spread, offset = 0, self.ring_size
+        for p in at_home:
+            homes = [floats[offset : offset + p.numel()].view(p.shape) for floats in everybody]
+            offset += p.numel()
+            homes[self.me].copy_(p.detach())
+            p.data = homes[self.me]
+            self.homes[p.data_ptr()] = homes
+        on_gpu = ranks.device.type == "cuda"
+        self.outgoing, self.incoming = (torch.cuda.Stream() if on_gpu else None for _ in range(2))
+
+    def average(self, gradient: Tensor, everywhere: bool) -> None:
+        flat, share = gradient.view(-1), -(-len(gradient) // self.n) * gradient[0].numel()
+        self._follow(self.outgoing)
+        shares = [flat[rank * share : (rank + 1) * share] for rank in range(self.n)]  # a late one may be shorter, or empty
+        for first in range(0, share, PIECE):
+            self._average([each[first : first + PIECE] for each in shares], everywhere)
+
+    def _average(self, pieces: list[Tensor], everywhere: bool) -> None:
+        """Of each rank's share one piece, no longer than rank 0's."""
+        own, size = pieces[self.me], len(pieces[0])
+        start, before = self._place(self.n * size)
+        number = self.n_pieces
+
+        def slot(owner: int, sender: int) -> Tensor:
+            return self.rings[owner][start + sender * size :][: len(pieces[owner])]
+
+        with torch.cuda.stream(self.outgoing):
+            self.peers.wait(self.FINISHED, before)
+            for owner in self.others:
+                slot(owner, self.me).copy_(pieces[owner])
+            self.peers.signal(self.ARRIVED, number)
+        with torch.cuda.stream(self.incoming):
+            self._follow(self.incoming, self.outgoing)
+            slot(self.me, self.me).copy_(own)
+            self.peers.wait(self.ARRIVED, number)
+            everybodys = self.rings[self.me][start : start + self.n * size].view(self.n, size)
+            torch.mean(everybodys[:, : len(own)], dim=0, out=own)
+            if everywhere:
+                slot(self.me, self.me).copy_(own)
+                self.peers.signal(self.AVERAGED, number)
+                self.peers.wait(self.AVERAGED, number)
+                for owner in self.others:
+                    pieces[owner].copy_(slot(owner, owner))
+            self.peers.signal(self.FINISHED, number)
+
+    def _place(self, size: int) -> tuple[int, int]:
+        """(where the next piece lies in the rings, the newest piece that lay there: all ranks must have finished it)."""
+        start = self.ring_end if self.ring_end + size <= self.ring_size else 0
+        self.ring_end, self.n_pieces = start + size, self.n_pieces + 1
+        before = max((number for number, first, end in self.in_ring if first < self.ring_end and start < end), default=0)
+        self.in_ring = [piece for piece in self.in_ring if piece[0] > before] + [(self.n_pieces, start, self.ring_end)]
+        return start, before
+
+    def finish_averages(self) -> None:
+        if self.incoming is not None:
+            torch.cuda.current_stream().wait_stream(self.incoming)
+
+    def spread(self, parameter: Tensor) -> Wait:
+        """As Collectives does. Nobody reads what it overwrites: the gradient's norm has come from all, behind their backward."""
+        homes = self.homes[parameter.data_ptr()]
+        first, end = own_rows(len(parameter), self.me, self.n)
+        self.n_spread += 1
+        number = self.n_spread
+        self._follow(self.outgoing)
+        with torch.cuda.stream(self.outgoing):
+            for rank in self.others:
+                homes[rank][first:end].copy_(parameter[first:end])
+            self.peers.signal(self.SPREAD, number)
+        return lambda: self.peers.wait(self.SPREAD, number)
+
+    @staticmethod
+    def _follow(stream: Any, other: Any = None) -> None:
+        """What `stream` does next waits for what the other, by itself the current one, has been given."""
+        if stream is not None:
+            stream.wait_stream(other or torch.cuda.current_stream())
+
+
+class PeerMemory:
+    """Memory of every rank that all ranks of the host reach, (n_bytes,) uint8 each, and signals between their streams.
+
+    A signal is a number that only grows. A stream waits in the GPU's front end and not in a kernel, which would take a
+    multiprocessor. Raises RuntimeError where the GPUs or the driver have no such thing.
+    """
+
+    CHANNELS, FLAG_BYTES = 4, 4096
+    # CUstreamBatchMemOpParams of cuda.h: a union of 48 bytes, of which waiting and writing use these.
+    OPERATION = np.dtype(
+        {"names": ["kind", "address", "value"], "formats": ["<u4", "<u8", "<u4"], "offsets": [0, 8, 16], "itemsize": 48}
+    )
+    WAIT, WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32 (flags 0: until it is as large), ..._WRITE_VALUE_32
+
+    def __init__(self, ranks: Ranks, n_bytes: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._driver = ctypes.CDLL("libcuda.so.1").cuStreamBatchMemOp_v2
+        self._driver.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
+        own = symmetric_memory.empty(self.FLAG_BYTES + n_bytes, dtype=torch.uint8, device=ranks.device)
+        own[: self.FLAG_BYTES].zero_()
+        torch.cuda.synchronize(ranks.device)
+        self._handle = symmetric_memory.rendezvous(own, dist.group.WORLD)
+        whole = [self._handle.get_buffer(rank, own.shape, own.dtype) for rank in range(ranks.world_size)]
+        ranks.all_of(None)  # nobody signals before all flags are zero
+        self.memory = [each[self.FLAG_BYTES :] for each in whole]
+        n, me = ranks.world_size, ranks.rank
+        others = [rank for rank in range(n) if rank != me]
+
+        def operations(kind: int, addresses: list[int]) -> np.ndarray:
+            made = np.zeros(len(addresses), self.OPERATION)
+            made["kind"], made["address"] = kind, addresses
+            return made
+
+        def flag(owner: int, channel: int, sender: int) -> int:
+            return whole[owner].data_ptr() + 4 * (channel * n + sender)
+
+        self._signals, self._waits = (
+            [operations(kind, [flag(*of(rank, channel)) for rank in others]) for channel in range(self.CHANNELS)]
+            for kind, of in ((self.WRITE, lambda rank, c: (rank, c, me)), (self.WAIT, lambda rank, c: (me, c, rank)))
+        )
+
+    def signal(self, channel: int, value: int) -> None:
+        """Everybody else sees `value` when what the current stream has been given is done."""
+        self._queue(self._signals[channel], value)
+
+    def wait(self, channel: int, value: int) -> None:
+        """The current stream waits until everybody else has signalled so much."""
+        self._queue(self._waits[channel], value)
+
+    def _queue(self, operations: np.ndarray, value: int) -> None:
+        operations["value"] = value
+        stream = torch.cuda.current_stream().cuda_stream
+        if code := self._driver(stream, len(operations), operations.ctypes.data, 0):
+            raise RuntimeError(f"cuStreamBatchMemOp failed with CUDA error {code}")
+
+
+def choose_exchange(asked: Literal["auto", "copies", "collectives"], ranks: Ranks) -> str:
+    """copies or collectives: by itself copies where they work. A collective. Raises UserError where asked for what does not."""
+    if asked == "collectives":
+        return asked
+    reason = next((reason for reason in ranks.all_of(why_not_copies(ranks)) if reason), None)
+    if not reason and not copies_arrive(ranks):
+        reason = "what one GPU copies into another's memory does not arrive there"
+    if reason and asked == "copies":
+        raise UserError(f"--exchange=copies: {reason}; pass --exchange=auto")
+    return "collectives" if reason else "copies"
+
+
+def why_not_copies(ranks: Ranks) -> str | None:
+    """What this rank sees that keeps ranks from copying into each other's memory."""
+    if ranks.device.type != "cuda":
+        return "a CPU has no copy engines"
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks.world_size):
+        return "copy engines do not reach the GPUs of other hosts"
+    others = (index for index in range(torch.cuda.device_count()) if index != ranks.device.index)
+    if not all(torch.cuda.can_device_access_peer(ranks.device, other) for other in others):
+        return "these GPUs do not reach each other's memory"
+    return None
+
+
+def copies_arrive(ranks: Ranks) -> bool:
+    """Tries it with a byte. A collective; no stream waits for what may not come."""
+    peers = None
+    with suppress(RuntimeError, OSError):
+        peers = PeerMemory(ranks, ranks.world_size)
+    if not all(ranks.all_of(peers is not None)):
+        return False
+    assert peers is not None
+    for memory in peers.memory:
+        memory[ranks.rank] = 1 + ranks.rank
+    peers.signal(0, 1)
+    torch.cuda.synchronize(ranks.device)
+    ranks.all_of(None)  # all have sent
+    return all(ranks.all_of(peers.memory[ranks.rank].tolist() == list(range(1, ranks.world_size + 1))))

@@ -1,0 +1,142 @@
+"""The exchange by copies, as real processes with one file for the memories of all; and between GPUs where there are two."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+import exchange
+import sharding
+from configurator import load_config
+from exchange import Collectives, Copies, own_rows
+from parallel import Ranks, start_ranks
+from tiny_runs import Main, Runs
+
+# As in test_sharding.py: four ranks cannot share 27 rows evenly.
+SHAPE = "--gradient_accumulation_steps=4 --n_layer=2 --n_head=3 --n_embd=48 --vocab_size=27".split()
+SHAPES = [(27, 48), (48, 5), (3, 7), (1, 1), (200, 33)]
+
+
+class MappedMemory:
+    """PeerMemory of processes: parts of a file that all map. Signals come late, and are polled."""
+
+    def __init__(self, ranks: Ranks, n_bytes: int) -> None:
+        n, flag_bytes = ranks.world_size, 4 * 4 * ranks.world_size**2
+        size = flag_bytes + n * n_bytes
+        path = Path(ranks.agree(lambda: f"/dev/shm/nanotrain-test-{random.randrange(10**12)}"))
+        if ranks.is_main:
+            path.write_bytes(bytes(size))
+        ranks.all_of(None)
+        whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        ranks.all_of(None)
+        path.unlink(missing_ok=True)
+        self.flags = whole[:flag_bytes].view(torch.int32).view(4, n, n)  # channel, owner, sender
+        self.memory = [whole[flag_bytes + rank * n_bytes :][:n_bytes] for rank in range(n)]
+        self.me, self.others = ranks.rank, [rank for rank in range(n) if rank != ranks.rank]
+
+    def signal(self, channel: int, value: int) -> None:
+        time.sleep(random.random() * 1e-3)
+        for rank in self.others:
+            assert self.flags[channel, rank, self.me] <= value, "a signal only grows"
+            self.flags[channel, rank, self.me] = value
+
+    def wait(self, channel: int, value: int) -> None:
+        deadline = time.monotonic() + 60
+        while min(self.flags[channel, self.me, self.others].tolist()) < value:
+            assert time.monotonic() < deadline, "no signal"
+            time.sleep(0)
+        time.sleep(random.random() * 1e-3)
+
+
+def copy_in_memory() -> None:
+    """What a rank becomes before it starts: one that exchanges by copies, each where the one before has been."""
+    exchange.PIECE, exchange.RING_PIECES, exchange.PeerMemory = 50, 1, MappedMemory
+    sharding.choose_exchange = lambda asked, ranks: "copies"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory):
+    with Runs(tmp_path_factory.mktemp("exchange")) as runs:
+        yield runs
+
+
+def run_copies(runs: Runs, n: int, out_dir: str, *flags: str, main: Main | None = None) -> str:
+    processes = runs.start_ranks(n, out_dir, *flags, prepare=[copy_in_memory] * n, main=main)
+    codes = [process.wait() for process in processes]
+    output = "".join(process.output for process in processes)
+    assert codes == [0] * n, output
+    return output
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_copies_train_as_collectives_do(n: int, runs: Runs) -> None:
+    """ddp and zero1, bitwise each other; the losses of all-reduce; and a checkpoint that either goes on with."""
+    flags = [*SHAPE, "--max_iters=5"]
+    runs.run_ranks(n, f"{n}-collectives", *flags, "--parallel=ddp")
+    for strategy in ("ddp", "zero1"):
+        output = run_copies(runs, n, f"{n}-{strategy}", *flags, f"--parallel={strategy}")
+        assert f"{strategy} over {n} ranks, as asked for, exchanging by the GPUs' copy engines" in output
+    ddp, zero1 = runs.tensors(f"{n}-ddp"), runs.tensors(f"{n}-zero1")
+    assert ddp.keys() == zero1.keys() and all(torch.equal(ddp[name], zero1[name]) for name in ddp)
+    assert runs.losses(f"{n}-ddp") == runs.losses(f"{n}-zero1")
+    expected = list(runs.losses(f"{n}-collectives").values())
+    assert list(runs.losses(f"{n}-ddp").values()) == pytest.approx(expected, rel=1e-6)
+    run_copies(runs, n, f"{n}-collectives", *SHAPE, "--parallel=zero1", "--max_iters=7", "--resume=latest")
+    runs.run_ranks(n, f"{n}-zero1", *SHAPE, "--parallel=ddp", "--max_iters=7", "--resume=latest")
+    assert runs.losses(f"{n}-zero1")[7] == pytest.approx(runs.losses(f"{n}-collectives")[7], rel=1e-5)
+
+
+def average_and_spread(argv: list[str]) -> None:
+    """On every rank: random gradients of many shapes, some rounds, by copies and by all-reduce."""
+    with ExitStack() as stack:
+        cfg = load_config(argv)
+        ranks = start_ranks(cfg.run, cfg.parallel, stack)
+        device = ranks.device
+        weights = [torch.zeros(shape, device=device) for shape in SHAPES]
+        copies, collectives = Copies(ranks, weights, weights), Collectives(ranks)
+        for step in range(20):
+            generator = torch.Generator().manual_seed(100 * step + ranks.rank)
+            whole = step % 2 == 0
+            mine = [torch.randn(shape, generator=generator).to(device) for shape in SHAPES]
+            expected = [gradient.clone() for gradient in mine]
+            for gradient in mine:
+                copies.average(gradient, whole)
+            copies.finish_averages()
+            for gradient in expected:
+                collectives.average(gradient, whole)
+            collectives.finish_averages()
+            for weight, got, want in zip(weights, mine, expected, strict=True):
+                first, end = (0, len(got)) if whole else own_rows(len(got), ranks.rank, ranks.world_size)
+                torch.testing.assert_close(got[first:end], want[first:end], rtol=1e-5, atol=1e-6)
+                first, end = own_rows(len(got), ranks.rank, ranks.world_size)
+                weight[first:end] = step + torch.arange(first, end, device=device)[:, None]
+            ranks.sum_(torch.zeros((), device=device))  # as the gradient's norm: all have read what comes to be overwritten
+            for wait in [copies.spread(weight) for weight in weights]:
+                wait()
+            for weight in weights:
+                assert torch.equal(weight, (step + torch.arange(len(weight), device=device)[:, None]).expand_as(weight).float())
+            ranks.sum_(torch.zeros((), device=device))
+        assert copies.n_pieces > 100 and copies.ring_end <= copies.ring_size
+        print("all the same")
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_averages_and_rows_arrive(n: int, runs: Runs) -> None:
+    output = run_copies(runs, n, f"arrive-{n}", main=average_and_spread)
+    assert output.count("all the same") == n
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_averages_and_rows_arrive_on_gpus(runs: Runs) -> None:
+    n = min(torch.cuda.device_count(), 4)
+    assert runs.run_ranks(n, "gpus", "--device=cuda", main=average_and_spread).count("all the same") == n
+
+
+def test_copies_asked_for_where_there_are_none(runs: Runs) -> None:
+    output = runs.run_ranks(2, "refused", *SHAPE, "--exchange=copies", "--parallel=ddp", exit_code=2)
+    assert output.count("--exchange=copies: a CPU has no copy engines; pass --exchange=auto") == 1
