@@ -1,4 +1,4 @@
-"""What ddp and zero1 exchange in a step: gradients become averages, and rows that one rank has updated go to all.
+"""What ranks exchange in a step: gradients become averages, and rows that one rank has updated go to all.
 
 `Collectives` are torch.distributed's, between any ranks. `Copies` are for GPUs of one host that reach each other's memory: the
 GPUs' copy engines move everything while all multiprocessors go on computing. NCCL's kernels run on multiprocessors, and a matrix
@@ -8,6 +8,7 @@ product that was cut for all of them takes longer by a whole round where some ar
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ else:  # its name before torch 2.13
     from torch.distributed import all_gather_into_tensor as all_gather_single
 
 PIECE = 2**22  # elements that one rank sends another at a time: 16 MiB, at which a copy reaches nine tenths of NVLink's speed
+ALIGNMENT = 512  # bytes, as the caching allocator's: products are slower, or refused, at less than 16
 RING_PIECES = 4  # of each rank's gradients, on their way at the same time
 Wait = Callable[[], None]  # returns when what is under way may be read; on a GPU the stream waits, not the host
 
@@ -79,56 +81,85 @@ class Collectives:
         return wait
 
 
+class Ring:
+    """Places in a part of everybody's peer memory that are used again and again, the same on all ranks; a place is a number.
+
+    Numbers grow, and are the same on all ranks too: in the backward pass gradients come in the same order everywhere.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.end, self.newest = size, 0, 0
+        self.in_use: list[tuple[int, int, int]] = []  # (number, start, end)
+
+    def place(self, size: int) -> tuple[int, int, int]:
+        """(the next number, where it starts, the newest number that was there before: all ranks must have finished with it)."""
+        start = self.end if self.end + size <= self.size else 0
+        self.end, self.newest = start + size, self.newest + 1
+        before = max((number for number, first, end in self.in_use if first < self.end and start < end), default=0)
+        self.in_use = [place for place in self.in_use if place[0] > before] + [(self.newest, start, self.end)]
+        return self.newest, start, before
+
+
 class Copies:
     """Copies between the memories of a host's GPUs, beside the stream that computes.
 
-    A gradient is cut into a share for each rank, (rows of a rank) x ..., and shares into pieces. Of each piece every rank
-    sends every other what it has of the other's share (ARRIVED), averages what it has got of its own, in the order of the ranks,
-    and, for ddp, fetches the other averages (AVERAGED). What arrives lies in a ring in each GPU, which is a place of the same
-    offset on all of them; a place is used again when no rank needs it any more (FINISHED). The ranks number the pieces alike,
-    because the backward pass makes gradients in the same order everywhere.
+    What is averaged is cut into a share for each rank, and shares into pieces. Of each piece every rank sends every other what it
+    has of the other's share (ARRIVED), averages what it has got of its own, in the order of the ranks, and, where all want
+    all, fetches the other averages (AVERAGED). What arrives lies in a ring until no rank needs it any more (FINISHED). What is
+    gathered lies in a second ring, for the others to fetch (READY, FETCHED).
 
-    `at_home`: the parameters whose rows are to be `spread`; they move to memory that the other ranks reach.
+    `largest_share`: elements of the largest share; `at_home`: the parameters whose rows are to be `spread`, which move to memory
+    that the other ranks reach; `gathers`: whether there is anything to `gather`, no more than a largest share at a time.
     """
 
     name = "copies"
-    ARRIVED, AVERAGED, FINISHED, SPREAD = range(4)
+    ARRIVED, AVERAGED, FINISHED, READY, FETCHED, SPREAD = range(6)
 
-    def __init__(self, ranks: Ranks, gradients: Sequence[Tensor], at_home: Sequence[Tensor]) -> None:
+    def __init__(self, ranks: Ranks, largest_share: int, at_home: Sequence[Tensor] = (), gathers: bool = False) -> None:
         self.me, self.n = ranks.rank, ranks.world_size
         self.others = [(self.me + k) % self.n for k in range(1, self.n)]  # not all to the same one first
-        padded = [self.n * -(-len(g) // self.n) * g[:1].numel() for g in gradients]
-        self.ring_size = min(RING_PIECES * self.n * PIECE, sum(padded))
-        self.peers = PeerMemory(ranks, 4 * (self.ring_size + sum(p.numel() for p in at_home)))
-        everybody = [memory.view(torch.float32) for memory in self.peers.memory]
-        self.rings = [floats[: self.ring_size] for floats in everybody]
-        self.ring_end, self.in_ring, self.n_pieces = 0, list[tuple[int, int, int]](), 0  # (number, start, end) of a piece
+        own = RING_PIECES * min(PIECE, largest_share)
+        self.averages, self.gathers = Ring(self.n * own), Ring(4 * own if gathers else 0)  # in float32 elements, in bytes
+        sizes = [4 * self.averages.size, self.gathers.size, *(p.nbytes for p in at_home)]
+        *starts, total = itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
+        self.peers = PeerMemory(ranks, total)
+        spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        parts = [[memory[span] for span in spans] for memory in self.peers.memory]
+        self.arriving = [part[0].view(torch.float32) for part in parts]  # by rank, as all of these
+        self.offered = [part[1] for part in parts]
         self.homes: dict[int, list[Tensor]] = {}  # by address: a parameter in everybody's memory
-        self.n_spread, offset = 0, self.ring_size
-        for p in at_home:
-            homes = [floats[offset : offset + p.numel()].view(p.shape) for floats in everybody]
-            offset += p.numel()
+        for number, p in enumerate(at_home, 2):
+            homes = [part[number].view(p.dtype).view(p.shape) for part in parts]
             homes[self.me].copy_(p.detach())
             p.data = homes[self.me]
             self.homes[p.data_ptr()] = homes
+        self.n_spread = 0
         on_gpu = ranks.device.type == "cuda"
         self.outgoing, self.incoming = (torch.cuda.Stream() if on_gpu else None for _ in range(2))
 
     def average(self, gradient: Tensor, everywhere: bool) -> None:
         flat, share = gradient.view(-1), -(-len(gradient) // self.n) * gradient[0].numel()
-        self._follow(self.outgoing)
         shares = [flat[rank * share : (rank + 1) * share] for rank in range(self.n)]  # a late one may be shorter, or empty
-        for first in range(0, share, PIECE):
-            self._average([each[first : first + PIECE] for each in shares], everywhere)
+        self._average(shares, shares[self.me], torch.mean, everywhere)
 
-    def _average(self, pieces: list[Tensor], everywhere: bool) -> None:
+    def reduce_scatter(self, output: Tensor, whole: Tensor, op: dist.ReduceOp) -> None:
+        """output (E,): the sum or average over the ranks of this rank's part of `whole` (ranks E,); the current stream waits."""
+        self._average(list(whole.view(self.n, -1)), output, torch.mean if op == dist.ReduceOp.AVG else torch.sum, False)
+        self.finish_averages()
+
+    def _average(self, shares: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], everywhere: bool) -> None:
+        _follow(self.outgoing)
+        for first in range(0, len(shares[0]), PIECE):
+            pieces = [share[first : first + PIECE] for share in shares]
+            self._average_piece(pieces, output[first : first + PIECE], reduce, everywhere)
+
+    def _average_piece(self, pieces: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], everywhere: bool) -> None:
         """Of each rank's share one piece, no longer than rank 0's."""
-        own, size = pieces[self.me], len(pieces[0])
-        start, before = self._place(self.n * size)
-        number = self.n_pieces
+        size = len(pieces[0])
+        number, start, before = self.averages.place(self.n * size)
 
         def slot(owner: int, sender: int) -> Tensor:
-            return self.rings[owner][start + sender * size :][: len(pieces[owner])]
+            return self.arriving[owner][start + sender * size :][: len(pieces[owner])]
 
         with torch.cuda.stream(self.outgoing):
             self.peers.wait(self.FINISHED, before)
@@ -136,30 +167,37 @@ class Copies:
                 slot(owner, self.me).copy_(pieces[owner])
             self.peers.signal(self.ARRIVED, number)
         with torch.cuda.stream(self.incoming):
-            self._follow(self.incoming, self.outgoing)
-            slot(self.me, self.me).copy_(own)
+            _follow(self.incoming, self.outgoing)
+            slot(self.me, self.me).copy_(pieces[self.me])
             self.peers.wait(self.ARRIVED, number)
-            everybodys = self.rings[self.me][start : start + self.n * size].view(self.n, size)
-            torch.mean(everybodys[:, : len(own)], dim=0, out=own)
+            everybodys = self.arriving[self.me][start : start + self.n * size].view(self.n, size)
+            reduce(everybodys[:, : len(output)], dim=0, out=output)
             if everywhere:
-                slot(self.me, self.me).copy_(own)
+                slot(self.me, self.me).copy_(output)
                 self.peers.signal(self.AVERAGED, number)
                 self.peers.wait(self.AVERAGED, number)
                 for owner in self.others:
                     pieces[owner].copy_(slot(owner, owner))
             self.peers.signal(self.FINISHED, number)
 
-    def _place(self, size: int) -> tuple[int, int]:
-        """(where the next piece lies in the rings, the newest piece that lay there: all ranks must have finished it)."""
-        start = self.ring_end if self.ring_end + size <= self.ring_size else 0
-        self.ring_end, self.n_pieces = start + size, self.n_pieces + 1
-        before = max((number for number, first, end in self.in_ring if first < self.ring_end and start < end), default=0)
-        self.in_ring = [piece for piece in self.in_ring if piece[0] > before] + [(self.n_pieces, start, self.ring_end)]
-        return start, before
-
     def finish_averages(self) -> None:
-        if self.incoming is not None:
-            torch.cuda.current_stream().wait_stream(self.incoming)
+        _follow(None if self.incoming is None else torch.cuda.current_stream(), self.incoming)
+
+    def gather(self, output: Tensor, own: Tensor) -> None:
+        """output (ranks E,): everybody's `own` (E,), which may lie in it; in the current stream."""
+        parts, given = list(output.view(self.n, -1).view(torch.uint8)), own.view(torch.uint8)
+        if parts[self.me].data_ptr() != given.data_ptr():
+            parts[self.me].copy_(given)
+        for first in range(0, len(given), 4 * PIECE):
+            size = len(given[first : first + 4 * PIECE])
+            number, start, before = self.gathers.place(size)
+            self.peers.wait(self.FETCHED, before)
+            self.offered[self.me][start : start + size].copy_(given[first : first + size])
+            self.peers.signal(self.READY, number)
+            self.peers.wait(self.READY, number)
+            for rank in self.others:
+                parts[rank][first : first + size].copy_(self.offered[rank][start : start + size])
+            self.peers.signal(self.FETCHED, number)
 
     def spread(self, parameter: Tensor) -> Wait:
         """As Collectives does. Nobody reads what it overwrites: the gradient's norm has come from all, behind their backward."""
@@ -167,18 +205,18 @@ class Copies:
         first, end = own_rows(len(parameter), self.me, self.n)
         self.n_spread += 1
         number = self.n_spread
-        self._follow(self.outgoing)
+        _follow(self.outgoing)
         with torch.cuda.stream(self.outgoing):
             for rank in self.others:
                 homes[rank][first:end].copy_(parameter[first:end])
             self.peers.signal(self.SPREAD, number)
         return lambda: self.peers.wait(self.SPREAD, number)
 
-    @staticmethod
-    def _follow(stream: Any, other: Any = None) -> None:
-        """What `stream` does next waits for what the other, by itself the current one, has been given."""
-        if stream is not None:
-            stream.wait_stream(other or torch.cuda.current_stream())
+
+def _follow(stream: Any, other: Any = None) -> None:
+    """What `stream` does next waits for what the other, by itself the current one, has been given; on a CPU there is none."""
+    if stream is not None:
+        stream.wait_stream(other or torch.cuda.current_stream())
 
 
 class PeerMemory:
@@ -188,7 +226,7 @@ class PeerMemory:
     multiprocessor. Raises RuntimeError where the GPUs or the driver have no such thing.
     """
 
-    CHANNELS, FLAG_BYTES = 4, 4096
+    CHANNELS, FLAG_BYTES = 6, 4096
     # CUstreamBatchMemOpParams of cuda.h: a union of 48 bytes, of which waiting and writing use these.
     OPERATION = np.dtype(
         {"names": ["kind", "address", "value"], "formats": ["<u4", "<u8", "<u4"], "offsets": [0, 8, 16], "itemsize": 48}
@@ -238,11 +276,15 @@ class PeerMemory:
             raise RuntimeError(f"cuStreamBatchMemOp failed with CUDA error {code}")
 
 
-def choose_exchange(asked: Literal["auto", "copies", "collectives"], ranks: Ranks) -> str:
-    """copies or collectives: by itself copies where they work. A collective. Raises UserError where asked for what does not."""
+def choose_exchange(asked: Literal["auto", "copies", "collectives"], ranks: Ranks, in_groups: bool) -> str:
+    """copies or collectives: by itself copies where they work, which is not in groups of the ranks.
+
+    A collective. Raises UserError where what is asked for does not work.
+    """
     if asked == "collectives":
         return asked
-    reason = next((reason for reason in ranks.all_of(why_not_copies(ranks)) if reason), None)
+    reason = "--hsdp_shard_size makes groups of ranks" if in_groups else None
+    reason = reason or next((reason for reason in ranks.all_of(why_not_copies(ranks)) if reason), None)
     if not reason and not copies_arrive(ranks):
         reason = "what one GPU copies into another's memory does not arrive there"
     if reason and asked == "copies":

@@ -75,8 +75,8 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
         inside += tokens * kept_in_block(cfg, dtype)
     at_start = gradients * accumulates + copies + activations + max(logits, inside)
     ring = 0
-    if strategy != "fsdp" and 1 < ranks <= HOST_RANKS and parallel.exchange != "collectives":
-        ring = min(RING_BYTES * ranks, 4 * n)
+    if 1 < ranks <= HOST_RANKS and parallel.exchange != "collectives" and not parallel.hsdp_shard_size:
+        ring = min(RING_BYTES * (ranks + (strategy == "fsdp")), 4 * n)
     peak = parameters + optimizer + ring + max(at_start, gradients + arriving)
     return MemoryUse(parameters, gradients, optimizer, copies, activations, logits, peak)
 

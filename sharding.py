@@ -11,13 +11,16 @@ follows from `Part`: the optimizer works on the parts alone, and a checkpoint is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
@@ -103,9 +106,10 @@ class DataParallel(Layout):
 
     def attach(self, model: nn.Module) -> None:
         matrices = [p for p in model.parameters() if p.ndim > 1]
-        spread = [] if self.everywhere else matrices
-        copies = self.exchange_by == "copies"
-        self.exchange = Copies(self.ranks, matrices, spread) if copies else Collectives(self.ranks)
+        self.exchange = Collectives(self.ranks)
+        if self.exchange_by == "copies":
+            largest = max(-(-len(p) // self.ranks.world_size) * p[0].numel() for p in matrices)
+            self.exchange = Copies(self.ranks, largest, at_home=[] if self.everywhere else matrices)
         super().attach(model)
         self.vectors = [p for p in model.parameters() if p.ndim < 2]
         self._is_last = False
@@ -185,6 +189,26 @@ class Zero1(DataParallel):
             self._wait_for(reader)
 
 
+class ByCopies:
+    """What fully_shard is given to exchange by, in place of NCCL; it calls it in streams of its own."""
+
+    def __init__(self, copies: Copies) -> None:
+        self.copies = copies
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+class GatherByCopies(ByCopies, AllGather):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
+        self.copies.gather(output_tensor, input_tensor)
+
+
+class ReduceScatterByCopies(ByCopies, ReduceScatter):
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
+        self.copies.reduce_scatter(output_tensor, input_tensor, op)
+
+
 class FullyShard(Layout):
     """fsdp: a block's parameters are gathered, in the dtype of the arithmetic, just before they are needed."""
 
@@ -214,6 +238,11 @@ class FullyShard(Layout):
         # The rest has the head, which the backward pass wants first.
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self._sharing = mesh.get_group(mesh.ndim - 1)
+        if self.exchange_by == "copies":
+            copies = Copies(self.ranks, sum(p.numel() for p in model.parameters()), gathers=True)
+            for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+                unit.set_custom_all_gather(GatherByCopies(copies))
+                unit.set_custom_reduce_scatter(ReduceScatterByCopies(copies))
 
     def attach(self, model: nn.Module) -> None:
         model.unshard()  # fully_shard moves uneven shards to padded memory when the model is first used
@@ -273,9 +302,9 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
     if name == "fsdp" and steps > n:
         why += f", exchanging {'once a step' if cfg.parallel.fsdp_accumulate_whole else 'in each micro-step'}"
-    exchange_by = choose_exchange(cfg.parallel.exchange, ranks) if name != "fsdp" else "collectives"
+    exchange_by = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)
     if exchange_by == "copies":
-        why += ", exchanging by the GPUs' copy engines"
+        why += ", by the GPUs' copy engines"
     return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
 
 

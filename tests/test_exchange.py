@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import exchange
 import sharding
 from configurator import load_config
-from exchange import Collectives, Copies, own_rows
+from exchange import Collectives, Copies, all_gather_single, own_rows
 from parallel import Ranks, start_ranks
 from tiny_runs import Main, Runs
 
@@ -26,7 +28,7 @@ class MappedMemory:
     """PeerMemory of processes: parts of a file that all map. Signals come late, and are polled."""
 
     def __init__(self, ranks: Ranks, n_bytes: int) -> None:
-        n, flag_bytes = ranks.world_size, 4 * 4 * ranks.world_size**2
+        n, flag_bytes = ranks.world_size, 6 * 4 * ranks.world_size**2
         size = flag_bytes + n * n_bytes
         path = Path(ranks.agree(lambda: f"/dev/shm/nanotrain-test-{random.randrange(10**12)}"))
         if ranks.is_main:
@@ -35,7 +37,7 @@ class MappedMemory:
         whole = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
         ranks.all_of(None)
         path.unlink(missing_ok=True)
-        self.flags = whole[:flag_bytes].view(torch.int32).view(4, n, n)  # channel, owner, sender
+        self.flags = whole[:flag_bytes].view(torch.int32).view(6, n, n)  # channel, owner, sender
         self.memory = [whole[flag_bytes + rank * n_bytes :][:n_bytes] for rank in range(n)]
         self.me, self.others = ranks.rank, [rank for rank in range(n) if rank != ranks.rank]
 
@@ -56,7 +58,7 @@ class MappedMemory:
 def copy_in_memory() -> None:
     """What a rank becomes before it starts: one that exchanges by copies, each where the one before has been."""
     exchange.PIECE, exchange.RING_PIECES, exchange.PeerMemory = 50, 1, MappedMemory
-    sharding.choose_exchange = lambda asked, ranks: "copies"
+    sharding.choose_exchange = lambda *args, **kwargs: "copies"
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +77,18 @@ def run_copies(runs: Runs, n: int, out_dir: str, *flags: str, main: Main | None 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_copies_train_as_collectives_do(n: int, runs: Runs) -> None:
-    """ddp and zero1, bitwise each other; the losses of all-reduce; and a checkpoint that either goes on with."""
+    """ddp and zero1 bitwise each other, and fsdp; the losses of all-reduce; and a checkpoint that either goes on with."""
     flags = [*SHAPE, "--max_iters=5"]
     runs.run_ranks(n, f"{n}-collectives", *flags, "--parallel=ddp")
-    for strategy in ("ddp", "zero1"):
+    for strategy in ("ddp", "zero1", "fsdp"):
         output = run_copies(runs, n, f"{n}-{strategy}", *flags, f"--parallel={strategy}")
-        assert f"{strategy} over {n} ranks, as asked for, exchanging by the GPUs' copy engines" in output
+        assert re.search(f"{strategy} over {n} ranks, as asked for.*, by the GPUs' copy engines", output)
     ddp, zero1 = runs.tensors(f"{n}-ddp"), runs.tensors(f"{n}-zero1")
     assert ddp.keys() == zero1.keys() and all(torch.equal(ddp[name], zero1[name]) for name in ddp)
     assert runs.losses(f"{n}-ddp") == runs.losses(f"{n}-zero1")
     expected = list(runs.losses(f"{n}-collectives").values())
-    assert list(runs.losses(f"{n}-ddp").values()) == pytest.approx(expected, rel=1e-6)
+    for strategy in ("ddp", "fsdp"):
+        assert list(runs.losses(f"{n}-{strategy}").values()) == pytest.approx(expected, rel=1e-6)
     run_copies(runs, n, f"{n}-collectives", *SHAPE, "--parallel=zero1", "--max_iters=7", "--resume=latest")
     runs.run_ranks(n, f"{n}-zero1", *SHAPE, "--parallel=ddp", "--max_iters=7", "--resume=latest")
     assert runs.losses(f"{n}-zero1")[7] == pytest.approx(runs.losses(f"{n}-collectives")[7], rel=1e-5)
@@ -98,7 +101,8 @@ def average_and_spread(argv: list[str]) -> None:
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
         device = ranks.device
         weights = [torch.zeros(shape, device=device) for shape in SHAPES]
-        copies, collectives = Copies(ranks, weights, weights), Collectives(ranks)
+        largest = max(-(-rows // ranks.world_size) * width for rows, width in SHAPES)
+        copies, collectives = Copies(ranks, largest, at_home=weights, gathers=True), Collectives(ranks)
         for step in range(20):
             generator = torch.Generator().manual_seed(100 * step + ranks.rank)
             whole = step % 2 == 0
@@ -120,8 +124,17 @@ def average_and_spread(argv: list[str]) -> None:
                 wait()
             for weight in weights:
                 assert torch.equal(weight, (step + torch.arange(len(weight), device=device)[:, None]).expand_as(weight).float())
-            ranks.sum_(torch.zeros((), device=device))
-        assert copies.n_pieces > 100 and copies.ring_end <= copies.ring_size
+            own = torch.randn(largest - step, generator=generator).to(device, torch.bfloat16)
+            together, expected = (own.new_zeros(ranks.world_size * len(own)) for _ in range(2))
+            copies.gather(together, own)
+            all_gather_single(expected, own)
+            assert torch.equal(together, expected)
+            share, whole = torch.zeros(len(own), device=device), expected.float() + ranks.rank
+            copies.reduce_scatter(share, whole, dist.ReduceOp.SUM if step % 2 else dist.ReduceOp.AVG)
+            ranks.sum_(whole)
+            want = whole.view(ranks.world_size, -1)[ranks.rank] / (1 if step % 2 else ranks.world_size)
+            torch.testing.assert_close(share, want, rtol=1e-5, atol=1e-6)
+        assert copies.averages.newest >= 120 and copies.gathers.newest >= 20
         print("all the same")
 
 
