@@ -4,8 +4,8 @@
     dx = dy W,  dW = dy^T x      (Micikevicius et al. 2022, "FP8 formats for deep learning")
 
 FP8_PRODUCTS run so in training; head, embeddings, norms, attention's own products and every evaluation stay in the run's
-dtype. Weights remain float32 and are rounded once a step (under fsdp wherever a gathered one is used). A tensor with one
-scale is multiplied by 2^-margin largest / amax, with the amax of the last steps (`delayed`: one pass over the tensor) or its
+dtype. Weights remain float32 and are rounded once a step (where fsdp gathers one again and again, at each use). A tensor with
+one scale is multiplied by 2^-margin largest / amax, with the amax of the last steps (`delayed`: one pass over the tensor) or its
 own (`current`: two). With `block` every 128 elements have a scale of their own (DeepSeek-V3, section 3.3.2).
 
 Shapes: M tokens, K inputs and N outputs of a product; L products in all.
@@ -13,9 +13,9 @@ Shapes: M tokens, K inputs and N outputs of a product; L products in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ CLASSES = ("activations", "weights", "gradients")
 OLDEST = (8, 9)  # compute capability: Ada
 DIVISOR = 16  # of the sides of a product, as cuBLAS wants them
 Table = Callable[[Tensor, list[float]], Tensor]
+Arrival = Literal["never", "once", "often"]  # at a rank, of the weights that others have updated: once or more often a step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def scale_of(amax: Tensor, dtype: torch.dtype, margin: int, otherwise: float) ->
 class Operands(NamedTuple):
     """What the products of a layer need beside its weight."""
 
-    copies: Quantized | None  # of the weight; None where it is sharded, and rounded whenever it has been gathered
+    copies: Quantized | None  # of the weight; None where it is gathered again and again, and rounded at each use
     scale_w: Tensor | None  # () for that; None where blocks have their own
     scale_x: Tensor  # delayed scales, ()
     scale_dy: Tensor
@@ -189,6 +190,7 @@ class Fp8:
     cfg: Fp8Config
     arithmetic: Arithmetic | None = None
     first_scales: tuple[float, float] = (1.0, 1.0)  # of activations and gradients, before anything was seen
+    blocks: list[nn.Module] = field(default_factory=list)  # those that have such products
     linears: list[Fp8Linear] = field(default_factory=list)
     history: Tensor = field(default_factory=lambda: torch.empty(0))  # (fp8_history, L, 2) amax of activations and gradients
 
@@ -198,7 +200,8 @@ class Fp8:
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Gives the model's blocks FP8 products; the parameters and their names stay. Before they are sharded."""
-        for block in model.blocks if self.active else ():
+        self.blocks = list(model.blocks) if self.active else []
+        for block in self.blocks:
             for name in FP8_PRODUCTS:
                 owner, _, attribute = name.partition(".")
                 old = getattr(block.get_submodule(owner), attribute)
@@ -211,14 +214,21 @@ class Fp8:
                 block.ffn = Fp8SwiGLU(block.ffn)
         return model
 
-    def attach(self, device: torch.device, sharded: bool, table: Table) -> None:
-        """When the model has its values. `sharded` weights are rounded whenever they have been gathered; `table` brings
-        together what all ranks have measured, as Ranks.table."""
-        self._sharded, self._table = sharded, table
-        self._weights = [linear.weight for linear in self.linears]  # where they are gathered the layers have others
+    def attach(
+        self, device: torch.device, table: Table, arrive: Arrival = "never", rows: Mapping[Tensor, Tensor] | None = None
+    ) -> None:
+        """When the model has its values. `table` brings together what all ranks have measured, as Ranks.table.
+
+        Weights that `arrive` once a step are rounded when they have, before the first forward pass of their block; of them, and
+        of those that arrive at each use, this rank always has `rows`, by parameter.
+        """
+        self._table, self._arrive = table, arrive
+        self._weights = [rows[linear.weight] if rows else linear.weight for linear in self.linears]
         self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), 2, device=device)
         for linear in self.linears:
             linear.attach(self.arithmetic, self.first_scales, device)
+        for block in self.blocks if arrive == "once" else ():
+            block.register_forward_pre_hook(lambda block, args: self._round_on_arrival(block))
         self.begin_step()
 
     @torch.no_grad()
@@ -229,15 +239,22 @@ class Fp8:
         torch._foreach_zero_(self.statistics())
         if self.cfg.fp8_recipe != "block":
             self.set_weight_scales()
-        for linear in self.linears if not self._sharded else ():
+        for linear in self.linears if self._arrive == "never" else ():
             linear.round_weight()
+        self._unrounded = set(self.blocks) if self._arrive == "once" else set()
+
+    @torch.no_grad()
+    def _round_on_arrival(self, block: nn.Module) -> None:
+        if block.training and block in self._unrounded:
+            self._unrounded.remove(block)
+            for linear in block.modules():
+                if isinstance(linear, Fp8Linear):
+                    linear.round_weight()
 
     def set_weight_scales(self) -> None:
-        weights = [weight.detach() for weight in self._weights]
-        if self._sharded:  # a rank may have no rows
-            weights = [rows if len(rows) else rows.new_zeros(1) for rows in (weight.to_local() for weight in weights)]
+        weights = [w.detach() if len(w) else w.new_zeros(1) for w in self._weights]  # a rank may have no rows
         amax = torch.stack(torch._foreach_norm(weights, torch.inf))
-        if self._sharded:
+        if self._arrive != "never":
             amax = self._table(amax, []).amax(0)
         scales = scale_of(amax, E4M3, self.cfg.fp8_margin, 1.0)
         torch._foreach_copy_([linear.own.scale_w for linear in self.linears], list(scales))

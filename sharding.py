@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,7 @@ class Layout:
     """One process: the parameters are whole, and nothing is exchanged."""
 
     name = "one process"
+    weights_arrive: Literal["never", "once", "often"] = "never"  # in a step, those that other ranks have updated
 
     def __init__(self, ranks: Ranks, cfg: ParallelConfig, dtype: torch.dtype, exchange_by: str = "") -> None:
         self.ranks, self.cfg, self.dtype, self.exchange_by = ranks, cfg, dtype, exchange_by
@@ -75,6 +76,11 @@ class Layout:
 
     def part_of(self, parameter: nn.Parameter) -> Part:
         return Part(parameter, parameter, 0, self.ranks.world_size)
+
+    @property
+    def rows(self) -> dict[Tensor, Tensor]:
+        """What this rank updates, by parameter."""
+        return {part.parameter: part.rows for part in self.parts.values()}
 
     def begin(self, is_last: bool) -> None:
         """Before the forward pass of a micro-step; gradients are exchanged in the backward pass of the last one."""
@@ -145,6 +151,7 @@ class Zero1(DataParallel):
     """
 
     name = "zero1"
+    weights_arrive = "once"
     everywhere = False
 
     def attach(self, model: nn.Module) -> None:
@@ -243,6 +250,10 @@ class FullyShard(Layout):
             for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
                 unit.set_custom_all_gather(GatherByCopies(copies))
                 unit.set_custom_reduce_scatter(ReduceScatterByCopies(copies))
+
+    @property
+    def weights_arrive(self) -> Literal["once", "often"]:
+        return "once" if self.cfg.fsdp_accumulate_whole else "often"
 
     def attach(self, model: nn.Module) -> None:
         model.unshard()  # fully_shard moves uneven shards to padded memory when the model is first used

@@ -131,9 +131,7 @@ class TrainState:
 
     def begin_step(self) -> None:
         """Before the first micro-step."""
-        if self.fp8.active:
-            self.layout.settle()
-            self.fp8.begin_step()
+        self.fp8.begin_step()
 
     def to_save(self) -> dict[str, Piece]:
         """This rank's share of the tensors: ranks that hold the same rows divide them, so that each copies and writes as much."""

@@ -59,7 +59,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     fp8, _ = choose_fp8(cfg, device, dtype, ops)
     model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
-    fp8.attach(device, layout.name == "fsdp", ranks.table)
+    fp8.attach(device, ranks.table, layout.weights_arrive, layout.rows)
     parameter_bytes = allocated() - start_bytes
     optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
     optimizer_bytes = allocated() - start_bytes - parameter_bytes

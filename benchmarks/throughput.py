@@ -49,7 +49,7 @@ def nanotrain(cfg: Config, _: str) -> Step:
     fp8, notes = choose_fp8(cfg, device, torch.bfloat16, ops)
     print(*notes, sep="\n")
     model = build_model(cfg.model, device, cfg.run.seed, ops, fp8.convert)
-    fp8.attach(device, False, lambda figures, _: figures[None])
+    fp8.attach(device, lambda figures, _: figures[None])
     optimizer, scale = build_optimizer(model.parameters(), cfg.optim, ops.AdamW), LossScale(torch.bfloat16, device)
     forward = torch.compile(model)
 

@@ -50,7 +50,7 @@ def build(recipe: str = "delayed", **knobs: object) -> tuple[Transformer, Fp8]:
     )
     fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE)
     model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
-    fp8.attach(CPU, False, table)
+    fp8.attach(CPU, table)
     backward(model)
     fp8.finish_step()
     fp8.begin_step()
@@ -209,7 +209,7 @@ def test_ranks_share_what_they_measured() -> None:
     histories = []
     for of_all in (table, lambda figures, _: torch.stack([figures, 2 * figures])):
         model, fp8 = build()
-        fp8.attach(CPU, False, of_all)
+        fp8.attach(CPU, of_all)
         backward(model)
         fp8.finish_step()
         histories.append(fp8.history[0])
