@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import kernels
@@ -44,6 +45,8 @@ from pretrained import Pretrained, load_model, open_pretrained
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 DOWNLOADED = ROOT / "data" / "hellaswag" / "hellaswag_val.jsonl"
+# cuDNN plans every new shape for 50 ms, and there are hundreds.
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BATCH_POSITIONS = 8192  # whose logits are there at a time: 1.6 GB in float32 with GPT-2's vocabulary
 
 
@@ -220,7 +223,7 @@ def log_likelihoods(
                 return None
             # Sharded parameters are gathered by all ranks together: one that has no batch left computes the last one again.
             batch = batches[min(number, len(batches) - 1)]
-            with precision():
+            with precision(), sdpa_kernel(WITHOUT_PLANS):
                 found = score_batch(model, batch, ranks.device)
             if number < len(batches):
                 places = torch.tensor([[question.item, question.first] for question in batch], device=ranks.device)

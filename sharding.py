@@ -160,11 +160,15 @@ class Zero1(DataParallel):
         units = model.shard_units()
         for unit in (model, *units):
             unit.register_forward_pre_hook(lambda module, args: self._wait_for(module))
-        unit_of = {p: unit for unit in units for p in unit.parameters()}
+        reader_of = {p: unit for unit in units for p in unit.parameters()}
+        order = [model, *units]
+        if model.head is not None:
+            reader_of[model.head.weight] = model.head
+            order.append(model.head)
+            units[-1].register_forward_hook(lambda module, args, output: self._wait_for(model.head))
         sharded = [part for part in self.parts.values() if part.rows is not part.parameter]
-        readers = [(unit_of.get(part.parameter, model), part) for part in sharded]
-        # In the order in which the forward pass waits for them: first what is in no unit.
-        self._sharded = sorted(readers, key=lambda pair: pair[0] is not model)
+        readers = [(reader_of.get(part.parameter, model), part) for part in sharded]
+        self._sharded = sorted(readers, key=lambda pair: order.index(pair[0]))  # as the forward pass waits for them
 
     def marker_lines(self) -> list[str]:
         return ["Using ZeRO-1 optimizer state sharding"]
