@@ -7,6 +7,7 @@ and no group, and nothing here waits for anybody.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
@@ -87,10 +88,15 @@ class Ranks:
             raise said[1]
         return said[0]
 
-    def set_timeout(self, timeout_s: float) -> None:
-        """From now on a rank that waits longer than this for another gives up, which ends the job. Not a collective."""
-        if self.world_size > 1:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
+    def set_timeout(self, timeout_s: float) -> float:
+        """From now on a rank that waits longer than this for another gives up, which ends the job. Not a collective.
+
+        Returns the longest wait for a step to end: of a rank alone there is none.
+        """
+        if self.world_size == 1:
+            return math.inf
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
+        return timeout_s
 
 
 def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -233,6 +239,12 @@ def set_random_state(states: dict[str, str], device: torch.device) -> None:
         torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
+class RanksApart(UserError):
+    """A rank has waited too long for another."""
+
+    exit_code = 1
+
+
 class ReadBack:
     """Figures of steps under way, brought to the host without making it wait for the step it has just queued.
 
@@ -240,10 +252,13 @@ class ReadBack:
     queued, so the device always has work. A step's time runs from the end of the step before, or from `restart_clock`
     where something else (an evaluation, a checkpoint) came in between: what the loop itself costs is in it. Of the same
     span `own_ms` is what this rank took up to `mark`, before it waits for others.
+
+    Among several ranks a step that does not end in `limit_s` waits for one that hangs: RanksApart. NCCL notices too, but cannot
+    end a process whose GPU waits.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+    def __init__(self, device: torch.device, limit_s: float = math.inf) -> None:
+        self.on_gpu, self.limit_s = device.type == "cuda", limit_s
         self.depth = 1 if self.on_gpu else 0  # newest steps that are left alone; a CPU has finished them anyway
         self.pending: deque[tuple[Any, torch.Tensor, Any, Any, Any]] = deque()
         self.own_ms = 0.0  # of the newest step that was read
@@ -273,10 +288,18 @@ class ReadBack:
         while len(self.pending) > keep:
             tag, values, start, marked, end = self.pending.popleft()
             if self.on_gpu:
-                end.synchronize()  # the copy to `values` is before it
+                self._wait_for(end)  # the copy to `values` is before it
             self.own_ms = self._ms(start, marked)
             read.append((tag, values.tolist(), self._ms(start, end)))
         return read
+
+    def _wait_for(self, end: Any) -> None:
+        deadline_s = time.monotonic() + self.limit_s
+        while self.limit_s < math.inf and not end.query():
+            if time.monotonic() > deadline_s:
+                raise RanksApart(f"no step has ended for {self.limit_s:g} s (--step_timeout_s): another rank hangs or has gone")
+            time.sleep(1e-4)  # the device has the next step to do meanwhile
+        end.synchronize()
 
     def _ms(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3

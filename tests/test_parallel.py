@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from parallel import Ranks, ReadBack, StopRequest, choose_device, random_state, set_random_state
+from parallel import Ranks, RanksApart, ReadBack, StopRequest, choose_device, random_state, set_random_state
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -45,6 +45,20 @@ def test_read_back_returns_steps_in_order():
         read.push(step, torch.tensor([step, 10.0 * step]))
     assert [(tag, figures) for tag, figures, ms in read.pop(keep=1)] == [(0, [0.0, 0.0]), (1, [1.0, 10.0])]
     assert [tag for tag, _, ms in read.pop(keep=0) if ms >= 0] == [2]
+
+
+def test_read_back_does_not_wait_for_ever():
+    """Of a GPU whose stream waits for a rank that hangs, the host sees an event that never comes."""
+
+    class Never:
+        def query(self) -> bool:
+            return False
+
+    read = ReadBack(CPU, limit_s=0.05)
+    read.on_gpu = True
+    read.pending.append((0, torch.zeros(1), Never(), Never(), Never()))
+    with pytest.raises(RanksApart, match=r"no step has ended for 0.05 s \(--step_timeout_s\)"):
+        read.pop(keep=0)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 0), (signal.SIGUSR1, 0)])
