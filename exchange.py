@@ -238,7 +238,10 @@ class PeerMemory:
 
         self._driver = ctypes.CDLL("libcuda.so.1").cuStreamBatchMemOp_v2
         self._driver.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
+        before = torch.cuda.memory_allocated(ranks.device)
         own = symmetric_memory.empty(self.FLAG_BYTES + n_bytes, dtype=torch.uint8, device=ranks.device)
+        # torch 2.11 does not count it, later versions do.
+        self.uncounted_bytes = max(0, own.nbytes - (torch.cuda.memory_allocated(ranks.device) - before))
         own[: self.FLAG_BYTES].zero_()
         torch.cuda.synchronize(ranks.device)
         self._handle = symmetric_memory.rendezvous(own, dist.group.WORLD)

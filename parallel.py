@@ -213,13 +213,13 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
-def memory_gb(device: torch.device) -> tuple[float, float, float] | None:
-    """(allocated, peak, reserved) GB of the device's allocator; None on a CPU."""
+def memory_gb(device: torch.device, uncounted_bytes: int = 0) -> tuple[float, float, float] | None:
+    """(allocated, peak, reserved) GB of the device: its allocator's, and what that does not count; None on a CPU."""
     if device.type != "cuda":
         return None
     stats = torch.cuda.memory_stats(device)
     keys = ("allocated_bytes.all.current", "allocated_bytes.all.peak", "reserved_bytes.all.current")
-    return tuple(stats.get(key, 0) / 1e9 for key in keys)
+    return tuple((stats.get(key, 0) + uncounted_bytes) / 1e9 for key in keys)
 
 
 def random_state(device: torch.device) -> dict[str, str]:

@@ -64,6 +64,7 @@ class Layout:
     def __init__(self, ranks: Ranks, cfg: ParallelConfig, dtype: torch.dtype, exchange_by: str = "") -> None:
         self.ranks, self.cfg, self.dtype, self.exchange_by = ranks, cfg, dtype, exchange_by
         self.parts: dict[str, Part] = {}
+        self.uncounted_bytes = 0  # of the GPU's memory, which the allocator does not count
 
     def shard(self, model: nn.Module) -> None:
         """Before the model, which is on the meta device, has storage."""
@@ -116,6 +117,7 @@ class DataParallel(Layout):
         if self.exchange_by == "copies":
             largest = max(-(-len(p) // self.ranks.world_size) * p[0].numel() for p in matrices)
             self.exchange = Copies(self.ranks, largest, at_home=[] if self.everywhere else matrices)
+            self.uncounted_bytes = self.exchange.peers.uncounted_bytes
         super().attach(model)
         self.vectors = [p for p in model.parameters() if p.ndim < 2]
         self._is_last = False
@@ -251,6 +253,7 @@ class FullyShard(Layout):
         self._sharing = mesh.get_group(mesh.ndim - 1)
         if self.exchange_by == "copies":
             copies = Copies(self.ranks, sum(p.numel() for p in model.parameters()), gathers=True)
+            self.uncounted_bytes = copies.peers.uncounted_bytes
             for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
                 unit.set_custom_all_gather(GatherByCopies(copies))
                 unit.set_custom_reduce_scatter(ReduceScatterByCopies(copies))

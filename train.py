@@ -189,7 +189,7 @@ class QueuedStep:
 
 def report_steps(run: Run, keep: int) -> None:
     """Log the steps whose figures have arrived, all but the newest `keep`. Raises NonFiniteRun."""
-    state, n = run.state, run.state.ranks.world_size
+    state, layout, n = run.state, run.state.layout, run.state.ranks.world_size
     for step, figures, time_ms in run.readback.pop(keep):
         losses, codes, own_ms, overdue = (figures[column : 4 * n : 4] for column in range(4))  # of each rank
         fp8 = by_class(figures[4 * n : 4 * n + 6 * state.fp8.active])
@@ -210,7 +210,7 @@ def report_steps(run: Run, keep: int) -> None:
             run.log.step(
                 StepRecord(
                     step.iter, loss, step.lr, time_ms, step.data_wait_ms, step.tokens, norm, *(moments or (None, None)),
-                    *(memory_gb(state.ranks.device) or (None, None, None)), state.skipped, own_ms, fp8,
+                    *(memory_gb(state.ranks.device, layout.uncounted_bytes) or (None, None, None)), state.skipped, own_ms, fp8,
                 )
             )  # fmt: skip
 

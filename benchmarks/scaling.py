@@ -60,9 +60,10 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
     fp8.attach(device, ranks.table, layout.weights_arrive, layout.rows)
-    parameter_bytes = allocated() - start_bytes
+    counted_bytes = allocated() - start_bytes
+    parameter_bytes = counted_bytes + layout.uncounted_bytes  # with what the exchange keeps for itself
     optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
-    optimizer_bytes = allocated() - start_bytes - parameter_bytes
+    optimizer_bytes = allocated() - start_bytes - counted_bytes
     state = TrainState(model, layout, optimizer, LossScale(dtype, device), fp8, ranks, run_name="")
     micro_step = build_micro_step(compile_model(model, cfg, dtype, ranks, lambda line: None), state, cfg, dtype)
     gradient_bytes = 0
@@ -85,7 +86,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     for _ in range(WARMUP_STEPS):
         step()
     times_ms = step_times_ms(step, n_steps, device)
-    peak_bytes = torch.cuda.max_memory_allocated() - start_bytes if on_gpu else 0
+    peak_bytes = torch.cuda.max_memory_allocated() - start_bytes + layout.uncounted_bytes if on_gpu else 0
     split = {"parameters": parameter_bytes, "gradients": gradient_bytes, "optimizer": optimizer_bytes}
     return {
         "step_ms": round(statistics.median(times_ms), 3),
