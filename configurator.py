@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 ROOT = Path(__file__).resolve().parent  # the repository; its own files are found from here, whatever the working folder is
 
@@ -711,15 +711,32 @@ def error_text(error: UserError) -> str:
     return "error: " + str(error).replace("\n", "\n       ")
 
 
+def not_installed(package: str) -> UserError:
+    return UserError(f"this Python has no {package}: run `make quickstart` once, then `source .venv/bin/activate`")
+
+
+def is_required(module: str | None) -> bool:
+    """Whether requirements.txt names it. Where one of our own modules is missing, or a part of a package, nobody forgot that."""
+    return f"\n{module}==" in (ROOT / "requirements.txt").read_text(encoding="utf-8")
+
+
+def end_with(error: UserError) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts several processes that make the same mistake
+        print(error_text(error), file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
 @contextmanager
 def command_errors() -> Iterator[None]:
-    """A user's mistake becomes one message on stderr and exit code 2, without a traceback."""
+    """A user's mistake, or a package to install, becomes one message on stderr and exit code 2, without a traceback."""
     try:
         yield
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # torchrun starts several processes that make the same mistake
-            print(error_text(error), file=sys.stderr)
-        sys.exit(error.exit_code)
+        end_with(error)
+    except ModuleNotFoundError as error:
+        if not is_required(error.name):
+            raise
+        end_with(not_installed(error.name))
     except BrokenPipeError:  # `... | head` closed our output: nothing is wrong
         sys.stderr.close()
         sys.exit(0)
@@ -732,7 +749,7 @@ def answer_early(load: Callable[[list[str]], object]) -> None:
     with command_errors():
         load(sys.argv[1:])
         if importlib.util.find_spec("torch") is None:
-            raise UserError("this Python has no PyTorch: run `make quickstart` once, then `source .venv/bin/activate`")
+            raise not_installed("PyTorch")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin would halve the speed of a CPU shared with others
 
 

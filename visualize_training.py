@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":  # matplotlib takes half a second to import: --help and a mistyped flag are answered before that
     arguments(sys.argv[1:])
+    for package in ("numpy", "matplotlib"):
+        if find_spec(package) is None:
+            text = f"error: this Python has no {package}: run `make quickstart` once, then `source .venv/bin/activate`"
+            print(text, file=sys.stderr)
+            sys.exit(2)
 
 import numpy as np  # noqa: E402
 from matplotlib import rc_context  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -11,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from configurator import ROOT, SECTIONS, SampleConfig, UserError, knob_comments, knobs_of, load_config, load_section
+from configurator import (
+    ROOT,
+    SECTIONS,
+    SampleConfig,
+    UserError,
+    command_errors,
+    knob_comments,
+    knobs_of,
+    load_config,
+    load_section,
+)
 
 
 def write(folder: Path, text: str, name: str = "c.py") -> str:
@@ -301,3 +312,21 @@ def test_a_mistake_is_one_message_and_exit_2():
     done = run_train("--n_layers=3", "--n_head=7")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --n_layers: unknown knob") and "Traceback" not in done.stderr
+
+
+NEED_PACKAGES = ["train.py", "train.py --plan", "sample.py", "hellaswag.py", "visualize_training.py"]
+NEED_PACKAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("data/*/prepare.py"))
+
+
+@pytest.mark.parametrize("command", NEED_PACKAGES)
+def test_a_python_without_packages_is_told_what_to_install(command):
+    bare = [sys.executable, "-E", "-S", *command.split()]  # without site-packages
+    done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch("error: this Python has no (PyTorch|numpy): run `make quickstart` once, then .+\n", done.stderr)
+
+
+@pytest.mark.parametrize("module", ["kernels.lost", "numpy.lost"])
+def test_a_missing_module_that_nobody_can_install_keeps_its_traceback(module):
+    with pytest.raises(ModuleNotFoundError), command_errors():
+        importlib.import_module(module)

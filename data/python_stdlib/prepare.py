@@ -6,9 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import run_command
-from data.corpus import Recipe, prepare
-from data.source import FileSource
+from configurator import command_errors, run_command
+
+with command_errors():  # where numpy or tqdm is not installed
+    from data.corpus import Recipe, prepare
+    from data.source import FileSource
 
 # The last two: a manual, not code; and tables of characters, generated and so alike that validation would be recitation.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"}

@@ -5,9 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 
-from configurator import run_command
-from data.corpus import Recipe, prepare
-from data.source import HubSource
+from configurator import command_errors, run_command
+
+with command_errors():  # where numpy or tqdm is not installed
+    from data.corpus import Recipe, prepare
+    from data.source import HubSource
 
 RECIPE = Recipe(
     folder=Path(__file__).resolve().parent,
