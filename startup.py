@@ -36,6 +36,7 @@ from checkpoint import (
     set_aside,
 )
 from configurator import NOT_SHAPE, Config, UserError
+from data.loader import SampleOrder
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from data.tokens import Dataset
 from evaluation import Prompt
@@ -46,6 +47,7 @@ from micro_step import GraphedMicroStep, MicroStep
 from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, random_state, set_random_state
+from plan import LAW, three_digits
 from precision import LossScale, autocast
 from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
@@ -187,9 +189,9 @@ def launch_id() -> str | None:
     return str(Path(error_file).parents[2]) if error_file else None
 
 
-def notes_on(cfg: Config, state: TrainState) -> list[str]:
-    """A line for each knob that does nothing in this run, and where the learning rate will not go where the user may think."""
-    return [f"note: {line}" for line in [*idle_knobs(cfg, state), *schedule_notes(cfg)]]
+def notes_on(cfg: Config, state: TrainState, order: SampleOrder) -> list[str]:
+    """A line for each knob that does nothing in this run, and where learning rate or data are not what the user may think."""
+    return [f"note: {line}" for line in [*idle_knobs(cfg, state), *schedule_notes(cfg), *data_notes(cfg, order)]]
 
 
 def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
@@ -227,6 +229,14 @@ def schedule_notes(cfg: Config) -> list[str]:
         return [f"all {o.max_iters:,} steps are warm-up: --warmup_iters={o.warmup_iters}"]
     if o.decay_lr and o.lr_schedule != "constant" and o.max_iters < o.lr_decay_iters // 2:
         return [f"the learning rate decays over --lr_decay_iters={o.lr_decay_iters} steps; this run makes {o.max_iters:,}"]
+    return []
+
+
+def data_notes(cfg: Config, order: SampleOrder) -> list[str]:
+    epochs = cfg.optim.max_iters * cfg.data.batch_size * cfg.data.gradient_accumulation_steps / order.samples_per_epoch
+    if epochs > LAW["epochs"] and not cfg.eval.eval_only:
+        worth = f"up to {LAW['epochs']} are nearly as good as new data, more teach less and less (Muennighoff et al. 2023)"
+        return [f"the run makes {three_digits(epochs):,g} epochs over its training data: {worth}"]
     return []
 
 

@@ -83,7 +83,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
     info, throughput = start_report(cfg, dataset, state, dtype, chosen_kernels, parallel)
     log.report(info, throughput)
-    notes = [*marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.notes_on(cfg, state), *notes]
+    notes = [*marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.notes_on(cfg, state, order), *notes]
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)

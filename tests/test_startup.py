@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import startup
+from data.loader import SampleOrder
 from hf_convert import export_model
 from pretrained import open_pretrained
 from tiny_runs import Runs
@@ -93,6 +94,14 @@ def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
     output = runs.run("out", "--profile=2:9", "--max_iters=10", "--resume=latest")
     assert "records nothing: this run goes on after step 8, up to 10" in output
     assert "--hsdp_shard_size is of fsdp: one process does not use it" in runs.run("hsdp", "--hsdp_shard_size=2", "--max_iters=1")
+
+
+def test_a_run_of_many_epochs_says_so(runs: Runs) -> None:
+    samples = SampleOrder(len((runs.folder / "data/tiny/train.bin").read_bytes()) // 2, 16, seed=0).samples_per_epoch
+    four = [f"--batch_size={samples}", "--gradient_accumulation_steps=1", "--warmup_iters=1", "--lr_decay_iters=4"]
+    assert "note:" not in runs.run("four", *four, "--max_iters=4")
+    assert "note: the run makes 5 epochs over its training data: up to 4 are " in runs.run("five", *four, "--max_iters=5")
+    assert "note:" not in runs.run("five", *four, "--max_iters=5", "--eval_only")
 
 
 def test_knobs_that_do_something_are_not(runs: Runs) -> None:
