@@ -1,6 +1,6 @@
 """Every knob of nanotrain, and how the knobs of one run are read.
 
-Precedence: the defaults below < config files, left to right < the command line. Knob names are unique over all sections,
+Precedence: the defaults below < config files, left to right < flags, left to right. Knob names are unique over all sections,
 so a config file and the command line use them flat (`n_layer = 12`, `--n_layer=12`), while the code receives the typed,
 frozen section it needs (`ModelConfig`, `OptimConfig`, ...). The defaults are nanoGPT's: GPT-2 124 M on openwebtext.
 
@@ -691,7 +691,7 @@ def print_help(knobs: dict[str, Knob]) -> None:
     command, comments, section = Path(sys.argv[0]).name, knob_comments(), ""
     has_sections = len({knob.section for knob in knobs.values()}) > 1
     print(f"usage: python {command} [config.py ...] [--knob=value ...] [--help] [--print_config]\n")
-    print("Later config files win over earlier ones, and flags over files. A boolean may stand alone (--compile).")
+    print("Later config files and flags win over earlier ones, and flags over files. A boolean may stand alone (--compile).")
     for knob in knobs.values():
         if knob.section != section:
             section = knob.section
