@@ -106,6 +106,33 @@ def _forward(
 
 
 @triton.jit
+def _load_rows(rows, a, b, in_a, in_b):
+    """Both blocks of the rows at these addresses, in float32: (R, A), (R, B)."""
+    return tl.load(rows + a, in_a, 0.0).to(tl.float32), tl.load(rows + b, in_b, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_gradient(g_a, g_b, z_a, z_b, r, RMS: tl.constexpr, C: tl.constexpr):
+    """r (g - z mean(g z) - mean(g)), without mean(g) for RMSNorm: (R, A), (R, B)."""
+    if RMS:
+        gz = (tl.sum(g_a * z_a, 1, keep_dims=True) + tl.sum(g_b * z_b, 1, keep_dims=True)) / C  # (R, 1)
+        ds_a, ds_b = g_a - z_a * gz, g_b - z_b * gz
+    else:
+        both = (tl.sum(tl.join(g_a, g_a * z_a), 1) + tl.sum(tl.join(g_b, g_b * z_b), 1)) / C  # (R, 2): one pass for two sums
+        g, gz = tl.split(both)
+        ds_a, ds_b = g_a - z_a * gz[:, None] - g[:, None], g_b - z_b * gz[:, None] - g[:, None]
+    return ds_a * r, ds_b * r
+
+
+@triton.jit
+def _store_partial(partials, a, b, sum_a, sum_b, C: tl.constexpr):
+    """What the program has summed, (R, A) and (R, B), becomes its row of the partial sums."""
+    partial = partials + tl.program_id(0) * C
+    tl.store(partial + a, tl.sum(sum_a, 0, keep_dims=True))
+    tl.store(partial + b, tl.sum(sum_b, 0, keep_dims=True), b < C)
+
+
+@triton.jit
 def _backward(
     dy,
     d_total,  # None where there was no addition, or nothing but the norm used its result
@@ -138,13 +165,10 @@ def _backward(
         in_b = in_a & (b < C)
         r = tl.load(rstd + first + tl.arange(0, R), first + tl.arange(0, R) < M, 0.0)[:, None]  # (R, 1)
         row = row.to(tl.int64)  # a large tensor has more than 2^31 elements
-        z_a = tl.load(s + row * s_stride + a, in_a, 0.0).to(tl.float32)  # (R, A)
-        z_b = tl.load(s + row * s_stride + b, in_b, 0.0).to(tl.float32)  # (R, B)
-        dy_a = tl.load(dy + row * dy_stride + a, in_a, 0.0).to(tl.float32)
-        dy_b = tl.load(dy + row * dy_stride + b, in_b, 0.0).to(tl.float32)
+        z_a, z_b = _load_rows(s + row * s_stride, a, b, in_a, in_b)
+        dy_a, dy_b = _load_rows(dy + row * dy_stride, a, b, in_a, in_b)
         if d_total is not None:  # asked for with the others, long before it is needed
-            d_total_a = tl.load(d_total + row * d_total_stride + a, in_a, 0.0).to(tl.float32)
-            d_total_b = tl.load(d_total + row * d_total_stride + b, in_b, 0.0).to(tl.float32)
+            d_total_a, d_total_b = _load_rows(d_total + row * d_total_stride, a, b, in_a, in_b)
         if RMS:
             z_a, z_b = z_a * r, z_b * r
         else:
@@ -155,26 +179,14 @@ def _backward(
         if bias_partials is not None:
             d_bias_a += dy_a
             d_bias_b += dy_b
-        g_a, g_b = dy_a * weight_a, dy_b * weight_b
-        if RMS:
-            gz = (tl.sum(g_a * z_a, 1, keep_dims=True) + tl.sum(g_b * z_b, 1, keep_dims=True)) / C  # (R, 1)
-            ds_a, ds_b = g_a - z_a * gz, g_b - z_b * gz
-        else:
-            both = (tl.sum(tl.join(g_a, g_a * z_a), 1) + tl.sum(tl.join(g_b, g_b * z_b), 1)) / C  # (R, 2): one pass for two sums
-            g, gz = tl.split(both)
-            ds_a, ds_b = g_a - z_a * gz[:, None] - g[:, None], g_b - z_b * gz[:, None] - g[:, None]
-        ds_a, ds_b = ds_a * r, ds_b * r
+        ds_a, ds_b = _row_gradient(dy_a * weight_a, dy_b * weight_b, z_a, z_b, r, RMS, C)
         if d_total is not None:
             ds_a, ds_b = ds_a + d_total_a, ds_b + d_total_b
         tl.store(ds + row * C + a, ds_a.to(ds.dtype.element_ty), in_a)
         tl.store(ds + row * C + b, ds_b.to(ds.dtype.element_ty), in_b)
-    partial = weight_partials + tl.program_id(0) * C
-    tl.store(partial + a, tl.sum(d_weight_a, 0, keep_dims=True))
-    tl.store(partial + b, tl.sum(d_weight_b, 0, keep_dims=True), b < C)
+    _store_partial(weight_partials, a, b, d_weight_a, d_weight_b, C)
     if bias_partials is not None:
-        partial = bias_partials + tl.program_id(0) * C
-        tl.store(partial + a, tl.sum(d_bias_a, 0, keep_dims=True))
-        tl.store(partial + b, tl.sum(d_bias_b, 0, keep_dims=True), b < C)
+        _store_partial(bias_partials, a, b, d_bias_a, d_bias_b, C)
 
 
 @triton.jit
