@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,11 @@ from configurator import Config, load_config
 GIB = 2**30
 
 
-def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict[str, Any]:
+def count_traffic(sent: dict[str, float]) -> AbstractContextManager:
+    """While it is entered, the bytes of every collective are added to `sent`, by kind."""
     import torch
     import torch.distributed as dist
-    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-    from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    from memory import predict_memory
-    from model import Transformer
-    from optim import build_optimizer
-    from parallel import Ranks
-    from precision import autocast, choose_dtype
-    from sharding import choose_layout
-
-    sent = {"all-reduce": 0.0, "all-gather": 0.0, "reduce-scatter": 0.0}
 
     class Traffic(TorchDispatchMode):
         """Sees every collective, with its tensors."""
@@ -66,6 +56,23 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
     def len_of_group(args: Any) -> int:
         return dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject))).size()
 
+    return Traffic()
+
+
+def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from memory import predict_memory
+    from model import Transformer
+    from optim import build_optimizer
+    from parallel import Ranks
+    from precision import autocast, choose_dtype
+    from sharding import choose_layout
+
+    sent = {"all-reduce": 0.0, "all-gather": 0.0, "reduce-scatter": 0.0}
     data = dataclasses.replace(cfg.data, gradient_accumulation_steps=micro_steps * n_ranks)
     parallel = dataclasses.replace(cfg.parallel, parallel=strategy, exchange="collectives")  # as between hosts
     cfg = dataclasses.replace(cfg, data=data, parallel=parallel)
@@ -82,7 +89,7 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
         layout.attach(model)
         optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, torch.optim.AdamW)
         idx = torch.zeros(cfg.data.batch_size, cfg.model.block_size, dtype=torch.int64)
-        with Traffic():
+        with count_traffic(sent):
             for number in range(1, micro_steps + 1):
                 layout.begin(is_last=number == micro_steps)
                 with autocast(ranks.device, dtype):
