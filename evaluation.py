@@ -70,6 +70,7 @@ class Evaluator:
         options = SampleOptions(temperature=0.8, top_k=200, n_valid_ids=self.dataset.vocab_size)
         with self._autocast(), torch.compiler.set_stance("force_eager"):  # every length would be compiled
             text = generate(self.model, ids, cfg.eval.sample_tokens, options, generator)
+        self.ranks.finish_device()
         return prompt.tokenizer.decode(text[0].tolist())
 
     def _autocast(self) -> torch.autocast:
@@ -94,4 +95,5 @@ class Evaluator:
         finally:
             self.model.train()
         ranks.sum_(total)
+        ranks.finish_device()
         return (total[0] / total[1]).item()

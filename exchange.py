@@ -11,8 +11,7 @@ import ctypes
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ else:  # its name before torch 2.13
 PIECE = 2**22  # elements that one rank sends another at a time: 16 MiB, at which a copy reaches nine tenths of NVLink's speed
 ALIGNMENT = 512  # bytes, as the caching allocator's: products are slower, or refused, at less than 16
 RING_PIECES = 4  # of each rank's gradients, on their way at the same time
+T = TypeVar("T")
 Wait = Callable[[], None]  # returns when what is under way may be read; on a GPU the stream waits, not the host
 
 
@@ -42,15 +42,13 @@ def own_rows(n_rows: int, share: int, n_shares: int) -> tuple[int, int]:
 class Collectives:
     """torch.distributed's: NCCL between GPUs, gloo between CPUs."""
 
-    name = "collectives"
-
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._averages: list[tuple[Any, Tensor]] = []
         self._can_average = ranks.device.type == "cuda"  # NCCL divides on its way, gloo does not
 
     def average(self, gradient: Tensor, everywhere: bool) -> None:
-        """Starts turning (rows, ...) into its mean over the ranks: all of it `everywhere`, otherwise at least the own rows."""
+        """Starts turning (rows, ...) into its mean over the ranks: this rank's rows at least, all of it `everywhere`."""
         op = dist.ReduceOp.AVG if self._can_average else dist.ReduceOp.SUM
         self._averages.append((dist.all_reduce(gradient, op, async_op=True), gradient))
 
@@ -104,15 +102,14 @@ class Copies:
     """Copies between the memories of a host's GPUs, beside the stream that computes.
 
     What is averaged is cut into a share for each rank, and shares into pieces. Of each piece every rank sends every other what it
-    has of the other's share (ARRIVED), averages what it has got of its own, in the order of the ranks, and, where all want
-    all, fetches the other averages (AVERAGED). What arrives lies in a ring until no rank needs it any more (FINISHED). What is
-    gathered lies in a second ring, for the others to fetch (READY, FETCHED).
+    has of the other's share (ARRIVED), averages what it has got of its own, and, where all want all, fetches the other
+    averages (AVERAGED): one rank computes them, so all have the same bits. What arrives lies in a ring until no rank, itself
+    included, needs it any more (FINISHED). What is gathered lies in a second ring, for the others to fetch (READY, FETCHED).
 
     `largest_share`: elements of the largest share; `at_home`: the parameters whose rows are to be `spread`, which move to memory
     that the other ranks reach; `gathers`: whether there is anything to `gather`, no more than a largest share at a time.
     """
 
-    name = "copies"
     ARRIVED, AVERAGED, FINISHED, READY, FETCHED, SPREAD = range(6)
 
     def __init__(self, ranks: Ranks, largest_share: int, at_home: Sequence[Tensor] = (), gathers: bool = False) -> None:
@@ -136,8 +133,12 @@ class Copies:
         self.n_spread = 0
         on_gpu = ranks.device.type == "cuda"
         self.outgoing, self.incoming = (torch.cuda.Stream() if on_gpu else None for _ in range(2))
+        if on_gpu:
+            torch.cuda.synchronize(ranks.device)
+        ranks.all_of(None)  # nobody spreads rows into a parameter that is still moving
 
     def average(self, gradient: Tensor, everywhere: bool) -> None:
+        """As Collectives does: each share by its rank, `everywhere` sent on to all."""
         flat, share = gradient.view(-1), -(-len(gradient) // self.n) * gradient[0].numel()
         shares = [flat[rank * share : (rank + 1) * share] for rank in range(self.n)]  # a late one may be shorter, or empty
         self._average(shares, shares[self.me], torch.mean, everywhere)
@@ -223,7 +224,7 @@ class PeerMemory:
     """Memory of every rank that all ranks of the host reach, (n_bytes,) uint8 each, and signals between their streams.
 
     A signal is a number that only grows. A stream waits in the GPU's front end and not in a kernel, which would take a
-    multiprocessor. Raises RuntimeError where the GPUs or the driver have no such thing.
+    multiprocessor. A collective. Raises RuntimeError, on all ranks, where one has no such thing.
     """
 
     CHANNELS, FLAG_BYTES = 6, 4096
@@ -234,42 +235,54 @@ class PeerMemory:
     WAIT, WRITE = 1, 2  # CU_STREAM_MEM_OP_WAIT_VALUE_32 (flags 0: until it is as large), ..._WRITE_VALUE_32
 
     def __init__(self, ranks: Ranks, n_bytes: int) -> None:
+        self.device, self.uncounted_bytes = ranks.device, 0
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # another thing that could fail, and is not used
+        own = together(ranks, lambda: self._allocate(self.FLAG_BYTES + n_bytes))
+        whole = together(ranks, lambda: self._everybodys(ranks, own))  # when all have theirs, all flags are zero
+        self.memory = [each[self.FLAG_BYTES :] for each in whole]
+        self.flags = own[: 4 * self.CHANNELS * len(whole)].view(torch.int32).view(self.CHANNELS, -1)  # (channels, ranks)
+
+        def flag(owner: int, channel: int, sender: int) -> int:
+            return whole[owner].data_ptr() + 4 * (channel * len(whole) + sender)
+
+        self._signals, self._waits = [], []
+        for channel in range(self.CHANNELS):
+            self._signals.append(self._operations(self.WRITE, [flag(owner, channel, ranks.rank) for owner in range(len(whole))]))
+            self._waits.append(self._operations(self.WAIT, [flag(ranks.rank, channel, sender) for sender in range(len(whole))]))
+
+    def _allocate(self, n_bytes: int) -> Tensor:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self._driver = ctypes.CDLL("libcuda.so.1").cuStreamBatchMemOp_v2
         self._driver.argtypes = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint]
-        before = torch.cuda.memory_allocated(ranks.device)
-        own = symmetric_memory.empty(self.FLAG_BYTES + n_bytes, dtype=torch.uint8, device=ranks.device)
+        before = torch.cuda.memory_allocated(self.device)
+        try:
+            own = symmetric_memory.empty(n_bytes, dtype=torch.uint8, device=self.device)
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError(str(error)) if "out of memory" in str(error) else error from None
         # torch 2.11 does not count it, later versions do.
-        self.uncounted_bytes = max(0, own.nbytes - (torch.cuda.memory_allocated(ranks.device) - before))
+        self.uncounted_bytes = max(0, n_bytes - (torch.cuda.memory_allocated(self.device) - before))
         own[: self.FLAG_BYTES].zero_()
-        torch.cuda.synchronize(ranks.device)
+        torch.cuda.synchronize(self.device)
+        return own
+
+    def _everybodys(self, ranks: Ranks, own: Tensor) -> list[Tensor]:
+        import torch.distributed._symmetric_memory as symmetric_memory
+
         self._handle = symmetric_memory.rendezvous(own, dist.group.WORLD)
-        whole = [self._handle.get_buffer(rank, own.shape, own.dtype) for rank in range(ranks.world_size)]
-        ranks.all_of(None)  # nobody signals before all flags are zero
-        self.memory = [each[self.FLAG_BYTES :] for each in whole]
-        n, me = ranks.world_size, ranks.rank
-        others = [rank for rank in range(n) if rank != me]
+        return [self._handle.get_buffer(rank, own.shape, own.dtype) for rank in range(ranks.world_size)]
 
-        def operations(kind: int, addresses: list[int]) -> np.ndarray:
-            made = np.zeros(len(addresses), self.OPERATION)
-            made["kind"], made["address"] = kind, addresses
-            return made
-
-        def flag(owner: int, channel: int, sender: int) -> int:
-            return whole[owner].data_ptr() + 4 * (channel * n + sender)
-
-        self._signals, self._waits = (
-            [operations(kind, [flag(*of(rank, channel)) for rank in others]) for channel in range(self.CHANNELS)]
-            for kind, of in ((self.WRITE, lambda rank, c: (rank, c, me)), (self.WAIT, lambda rank, c: (me, c, rank)))
-        )
+    def _operations(self, kind: int, addresses: list[int]) -> np.ndarray:
+        made = np.zeros(len(addresses), self.OPERATION)
+        made["kind"], made["address"] = kind, addresses
+        return made
 
     def signal(self, channel: int, value: int) -> None:
-        """Everybody else sees `value` when what the current stream has been given is done."""
+        """Every rank, this one too, sees `value` when what the current stream has been given is done."""
         self._queue(self._signals[channel], value)
 
     def wait(self, channel: int, value: int) -> None:
-        """The current stream waits until everybody else has signalled so much."""
+        """The current stream waits until every rank, this one too, has signalled so much."""
         self._queue(self._waits[channel], value)
 
     def _queue(self, operations: np.ndarray, value: int) -> None:
@@ -279,20 +292,33 @@ class PeerMemory:
             raise RuntimeError(f"cuStreamBatchMemOp failed with CUDA error {code}")
 
 
-def choose_exchange(asked: Literal["auto", "copies", "collectives"], ranks: Ranks, in_groups: bool) -> str:
-    """copies or collectives: by itself copies where they work, which is not in groups of the ranks.
+def together(ranks: Ranks, do: Callable[[], T]) -> T:
+    """What `do` returns, once it has on all ranks. Where one fails all raise: its own error, the others a RuntimeError of it."""
+    result, error = None, None
+    try:
+        result = do()
+    except (RuntimeError, OSError, AttributeError, ImportError) as caught:
+        error = caught
+    reasons = ranks.all_of(error and (str(error) or type(error).__name__).splitlines()[0])
+    if error is not None:
+        raise error
+    if reason := next(filter(None, reasons), None):
+        raise RuntimeError(reason)
+    return cast(T, result)
+
+
+def choose_exchange(asked: Literal["auto", "copies", "collectives"], ranks: Ranks, in_groups: bool) -> tuple[str, str]:
+    """(copies or collectives, why): by itself copies where they work, which is not in groups of the ranks.
 
     A collective. Raises UserError where what is asked for does not work.
     """
     if asked == "collectives":
-        return asked
+        return asked, "as asked for"
     reason = "--hsdp_shard_size makes groups of ranks" if in_groups else None
-    reason = reason or next((reason for reason in ranks.all_of(why_not_copies(ranks)) if reason), None)
-    if not reason and not copies_arrive(ranks):
-        reason = "what one GPU copies into another's memory does not arrive there"
+    reason = reason or next(filter(None, ranks.all_of(why_not_copies(ranks))), None) or try_copies(ranks)
     if reason and asked == "copies":
         raise UserError(f"--exchange=copies: {reason}; pass --exchange=auto")
-    return "collectives" if reason else "copies"
+    return ("collectives", reason) if reason else ("copies", "")
 
 
 def why_not_copies(ranks: Ranks) -> str | None:
@@ -301,23 +327,32 @@ def why_not_copies(ranks: Ranks) -> str | None:
         return "a CPU has no copy engines"
     if os.environ.get("LOCAL_WORLD_SIZE") != str(ranks.world_size):
         return "copy engines do not reach the GPUs of other hosts"
-    others = (index for index in range(torch.cuda.device_count()) if index != ranks.device.index)
+    others = (index for index in range(ranks.world_size) if index != ranks.device.index)
     if not all(torch.cuda.can_device_access_peer(ranks.device, other) for other in others):
         return "these GPUs do not reach each other's memory"
     return None
 
 
-def copies_arrive(ranks: Ranks) -> bool:
-    """Tries it with a byte. A collective; no stream waits for what may not come."""
-    peers = None
-    with suppress(RuntimeError, OSError):
+def try_copies(ranks: Ranks) -> str | None:
+    """Sends a byte and a signal from each rank to each; what went wrong. A collective; no stream waits for what may not come."""
+
+    def send() -> None:
+        for memory in peers.memory:
+            memory[ranks.rank] = 1 + ranks.rank
+        peers.signal(0, 1)
+        torch.cuda.synchronize(peers.device)
+
+    def look() -> None:
+        sent = list(range(1, ranks.world_size + 1))
+        if peers.memory[ranks.rank].tolist() != sent or peers.flags[0].tolist() != [1] * len(sent):
+            raise RuntimeError("what one GPU copies into another's memory does not arrive there")
+        peers.wait(0, 1)
+        torch.cuda.synchronize(peers.device)
+
+    try:
         peers = PeerMemory(ranks, ranks.world_size)
-    if not all(ranks.all_of(peers is not None)):
-        return False
-    assert peers is not None
-    for memory in peers.memory:
-        memory[ranks.rank] = 1 + ranks.rank
-    peers.signal(0, 1)
-    torch.cuda.synchronize(ranks.device)
-    ranks.all_of(None)  # all have sent
-    return all(ranks.all_of(peers.memory[ranks.rank].tolist() == list(range(1, ranks.world_size + 1))))
+        together(ranks, send)
+        together(ranks, look)
+    except (RuntimeError, OSError, AttributeError, ImportError) as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return None

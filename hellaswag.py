@@ -231,7 +231,9 @@ def log_likelihoods(
                 scores[places[:, :1], columns] = found.double()
     finally:
         model.train(was_training)
-    return ranks.sum_(scores).cpu().numpy()
+    ranks.sum_(scores)
+    ranks.finish_device()
+    return scores.cpu().numpy()
 
 
 def make_batches(questions: Sequence[Question]) -> list[list[Question]]:

@@ -74,9 +74,7 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     if m.gradient_checkpointing:
         inside += tokens * kept_in_block(cfg, dtype)
     at_start = gradients * accumulates + copies + activations + max(logits, inside)
-    ring = 0
-    if 1 < ranks <= HOST_RANKS and parallel.exchange != "collectives" and not parallel.hsdp_shard_size:
-        ring = min(RING_BYTES * (ranks + (strategy == "fsdp")), 4 * n)
+    ring = ring_bytes(cfg, strategy, ranks)
     peak = parameters + optimizer + ring + max(at_start, gradients + arriving)
     return MemoryUse(parameters, gradients, optimizer, copies, activations, logits, peak)
 
@@ -105,6 +103,19 @@ def unit_parameters(m: ModelConfig) -> int:
     """Of one block."""
     count = count_parameters(m)
     return (count.attention + count.ffn + count.norms) // m.n_layer
+
+
+def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
+    """What the exchange by copy engines keeps for what arrives: RING_BYTES a rank, or four of the largest tensor's share."""
+    m, parallel = cfg.model, cfg.parallel
+    groups = strategy == "fsdp" and 0 < parallel.hsdp_shard_size < ranks
+    if not 1 < ranks <= HOST_RANKS or parallel.exchange == "collectives" or groups:
+        return 0
+    largest = m.n_embd * max(m.vocab_size, up_width(m), (m.n_head + 2 * m.kv_heads) * m.head_dim)
+    if strategy == "fsdp":
+        total, unit = count_parameters(m).total, unit_parameters(m)
+        largest = max(total - m.n_layer * unit, unit) if unit >= parallel.fsdp_min_num_params else total
+    return (ranks + (strategy == "fsdp")) * min(RING_BYTES, 16 * largest // ranks)  # fsdp has one for what it gathers as well
 
 
 def bytes_of(dtype: Precision) -> int:

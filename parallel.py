@@ -30,14 +30,15 @@ T = TypeVar("T")
 MEETING_TIMEOUT_S = 300.0  # longest wait for all ranks to be there; nodes may start minutes apart
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Ranks:
-    """This process among all of them. Every method but `is_main` is a collective: all ranks call it, in the same order."""
+    """This process among all of them. Where it is not said, a method is a collective: all ranks call it, in the same order."""
 
     rank: int
     world_size: int
     device: torch.device
     group: Any = None  # the process group that these ranks talk in; None is torch.distributed's own
+    timeout_s: float = math.inf  # longest wait for another rank; of a rank alone there is none
 
     @property
     def is_main(self) -> bool:
@@ -88,15 +89,37 @@ class Ranks:
             raise said[1]
         return said[0]
 
-    def set_timeout(self, timeout_s: float) -> float:
-        """From now on a rank that waits longer than this for another gives up, which ends the job. Not a collective.
+    def set_timeout(self, timeout_s: float) -> None:
+        """From now on a rank that waits longer than this for another gives up, which ends the job. Not a collective."""
+        if self.world_size > 1:
+            self.timeout_s = timeout_s
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
 
-        Returns the longest wait for a step to end: of a rank alone there is none.
+    def finish_device(self) -> None:
+        """Returns when the device has done what the current stream was given. Not a collective.
+
+        Before what is read from it; that alone would wait for ever for a rank that hangs. Raises RanksApart.
         """
-        if self.world_size == 1:
-            return math.inf
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
-        return timeout_s
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            wait_for(event, self.timeout_s)
+
+
+class RanksApart(UserError):
+    """A rank has waited too long for another."""
+
+    exit_code = 1
+
+
+def wait_for(event: Any, limit_s: float) -> None:
+    """On the host for a CUDA event; raises RanksApart. NCCL notices a rank that hangs, but cannot end who waits for it."""
+    deadline_s = time.monotonic() + limit_s
+    while limit_s < math.inf and not event.query():
+        if time.monotonic() > deadline_s:
+            raise RanksApart(f"the GPU has waited {limit_s:g} s for another rank, which hangs or has gone (--step_timeout_s)")
+        time.sleep(1e-4)  # in training the GPU has the next step to do meanwhile
+    event.synchronize()
 
 
 def choose_device(name: str, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
@@ -239,12 +262,6 @@ def set_random_state(states: dict[str, str], device: torch.device) -> None:
         torch.cuda.set_rng_state(tensors["cuda"], device)
 
 
-class RanksApart(UserError):
-    """A rank has waited too long for another."""
-
-    exit_code = 1
-
-
 class ReadBack:
     """Figures of steps under way, brought to the host without making it wait for the step it has just queued.
 
@@ -253,8 +270,7 @@ class ReadBack:
     where something else (an evaluation, a checkpoint) came in between: what the loop itself costs is in it. Of the same
     span `own_ms` is what this rank took up to `mark`, before it waits for others.
 
-    Among several ranks a step that does not end in `limit_s` waits for one that hangs: RanksApart. NCCL notices too, but cannot
-    end a process whose GPU waits.
+    A step that does not end in `limit_s` waits for a rank that hangs: RanksApart.
     """
 
     def __init__(self, device: torch.device, limit_s: float = math.inf) -> None:
@@ -288,18 +304,10 @@ class ReadBack:
         while len(self.pending) > keep:
             tag, values, start, marked, end = self.pending.popleft()
             if self.on_gpu:
-                self._wait_for(end)  # the copy to `values` is before it
+                wait_for(end, self.limit_s)  # the copy to `values` is before it
             self.own_ms = self._ms(start, marked)
             read.append((tag, values.tolist(), self._ms(start, end)))
         return read
-
-    def _wait_for(self, end: Any) -> None:
-        deadline_s = time.monotonic() + self.limit_s
-        while self.limit_s < math.inf and not end.query():
-            if time.monotonic() > deadline_s:
-                raise RanksApart(f"no step has ended for {self.limit_s:g} s (--step_timeout_s): another rank hangs or has gone")
-            time.sleep(1e-4)  # the device has the next step to do meanwhile
-        end.synchronize()
 
     def _ms(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3

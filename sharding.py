@@ -11,7 +11,7 @@ follows from `Part`: the optimizer works on the parts alone, and a checkpoint is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
@@ -48,6 +47,11 @@ def put_rows(parameter: Tensor, values: Tensor) -> None:
         rows.copy_(values[first : first + len(rows)])
     else:
         parameter.copy_(values)
+
+
+def share_of(parameters: Iterable[Tensor], n_shares: int) -> int:
+    """Elements of the first of so many shares of rows, which none is larger than."""
+    return sum(own_rows(len(p), 0, n_shares)[1] * p[0].numel() for p in parameters)
 
 
 def first_row_of(parameter: DTensor) -> int:
@@ -115,8 +119,8 @@ class DataParallel(Layout):
         matrices = [p for p in model.parameters() if p.ndim > 1]
         self.exchange = Collectives(self.ranks)
         if self.exchange_by == "copies":
-            largest = max(-(-len(p) // self.ranks.world_size) * p[0].numel() for p in matrices)
-            self.exchange = Copies(self.ranks, largest, at_home=[] if self.everywhere else matrices)
+            largest_share = max(share_of([p], self.ranks.world_size) for p in matrices)
+            self.exchange = Copies(self.ranks, largest_share, at_home=[] if self.everywhere else matrices)
             self.uncounted_bytes = self.exchange.peers.uncounted_bytes
         super().attach(model)
         self.vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -203,7 +207,7 @@ class Zero1(DataParallel):
 
 
 class ByCopies:
-    """What fully_shard is given to exchange by, in place of NCCL; it calls it in streams of its own."""
+    """What fully_shard exchanges by in place of NCCL, in streams of its own: by methods of its AllGather and ReduceScatter."""
 
     def __init__(self, copies: Copies) -> None:
         self.copies = copies
@@ -212,12 +216,12 @@ class ByCopies:
         return torch.empty(size, dtype=dtype, device=device)
 
 
-class GatherByCopies(ByCopies, AllGather):
+class GatherByCopies(ByCopies):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         self.copies.gather(output_tensor, input_tensor)
 
 
-class ReduceScatterByCopies(ByCopies, ReduceScatter):
+class ReduceScatterByCopies(ByCopies):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
         self.copies.reduce_scatter(output_tensor, input_tensor, op)
 
@@ -245,14 +249,18 @@ class FullyShard(Layout):
         if self.dtype != torch.float32:
             policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         reshard = self.cfg.fsdp_reshard_after_forward and not self.cfg.fsdp_accumulate_whole
+        rest, largest_share = set(model.parameters()), 0
         for unit in model.shard_units():
-            if sum(p.numel() for p in unit.parameters()) >= self.cfg.fsdp_min_num_params:
+            own = list(unit.parameters())
+            if sum(p.numel() for p in own) >= self.cfg.fsdp_min_num_params:
                 fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+                rest, largest_share = rest.difference(own), max(largest_share, share_of(own, n))
+        largest_share = max(largest_share, share_of(rest, n))
         # The rest has the head, which the backward pass wants first.
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self._sharing = mesh.get_group(mesh.ndim - 1)
         if self.exchange_by == "copies":
-            copies = Copies(self.ranks, sum(p.numel() for p in model.parameters()), gathers=True)
+            copies = Copies(self.ranks, largest_share, gathers=True)
             self.uncounted_bytes = copies.peers.uncounted_bytes
             for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
                 unit.set_custom_all_gather(GatherByCopies(copies))
@@ -320,9 +328,11 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
     if name == "fsdp" and steps > n:
         why += f", exchanging {'once a step' if cfg.parallel.fsdp_accumulate_whole else 'in each micro-step'}"
-    exchange_by = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)
+    exchange_by, why_not = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)
     if exchange_by == "copies":
         why += ", by the GPUs' copy engines"
+    elif on_gpu:
+        why += f", through NCCL ({why_not})"
     return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
 
 

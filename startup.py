@@ -138,6 +138,7 @@ class TrainState:
     def to_save(self) -> dict[str, Piece]:
         """This rank's share of the tensors: ranks that hold the same rows divide them, so that each copies and writes as much."""
         self.layout.settle()
+        self.ranks.finish_device()
         rank, n = self.ranks.rank, self.ranks.world_size
         shares = {name: piece.share(rank * copies // n, copies) for name, piece, copies in self.held()}
         return {name: share for name, share in shares.items() if share is not None}

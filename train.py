@@ -92,8 +92,8 @@ def train(cfg: Config, stack: ExitStack) -> int:
     stack.push(lambda kind, *_: store.close(wait=kind is None or ranks.world_size == 1))  # until everything is on the disk
 
     # 7. Loop: one step, then whatever is due after it.
-    readback = ReadBack(ranks.device, ranks.set_timeout(cfg.parallel.step_timeout_s))
-    in_latest = startup.in_latest(cfg, checkpoint, state)
+    ranks.set_timeout(cfg.parallel.step_timeout_s)
+    readback, in_latest = ReadBack(ranks.device, ranks.timeout_s), startup.in_latest(cfg, checkpoint, state)
     profiler = stack.enter_context(Profiler(cfg.run, state.run_name, ranks, log.line, readback.restart_clock))
     loop(Run(cfg, dataset, order, state, loader, micro_step, log, store, evaluator, readback, profiler, stop, in_latest))
     return stop.exit_code

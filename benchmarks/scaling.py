@@ -19,6 +19,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -120,13 +121,13 @@ def exposed_ms(step: Callable[[], None]) -> float:
         step()
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans = [(e.time_range.start, e.time_range.end, e.name.startswith(("nccl", "Memcpy"))) for e in events]
-    edges = sorted([(t, sign, is_nccl) for start, end, is_nccl in spans for t, sign in ((start, 1), (end, -1))])
+    spans = [(e.time_range.start, e.time_range.end, e.name.startswith(("nccl", "Memcpy PtoP"))) for e in events]
+    edges = sorted([(t, sign, exchanges) for start, end, exchanges in spans for t, sign in ((start, 1), (end, -1))])
     running, exposed_us, last_us = {True: 0, False: 0}, 0.0, 0.0
-    for now_us, sign, is_nccl in edges:
+    for now_us, sign, exchanges in edges:
         if running[True] and not running[False]:
             exposed_us += now_us - last_us
-        running[is_nccl], last_us = running[is_nccl] + sign, now_us
+        running[exchanges], last_us = running[exchanges] + sign, now_us
     return round(exposed_us / 1e3, 3)
 
 
@@ -212,14 +213,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     flags = [f"--{name}={value}" for name, value in vars(args).items() if name in ("strategies", "micro_steps", "steps")]
     numbers = [int(n) for n in args.ranks.split(",")]
+    has_gpus = cfg.run.device != "cpu" and shutil.which("nvidia-smi") is not None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(max(numbers))))).split(",")
     own = [__file__, *flags, *([] if args.profile else ["--no_profile"]), *knobs]
     with tempfile.TemporaryDirectory() as folder:
         for n in numbers:
             launches = []
-            for gpu in range(max(numbers) if n == 1 and cfg.run.device != "cpu" else 1):
+            for gpu in range(max(numbers) if n == 1 and has_gpus else 1):
                 path = Path(folder, f"{n}-{gpu}.json")
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if n == 1 else {})
+                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": visible[gpu]} if n == 1 and has_gpus else {})
                 launches.append((path, subprocess.Popen([*command, *own, f"--rows={path}"], env=environment)))
             for path, process in launches:
                 if process.wait():

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import exchange
 import sharding
-from configurator import load_config
+from configurator import UserError, load_config
 from exchange import Collectives, Copies, all_gather_single, own_rows
 from parallel import Ranks, start_ranks
 from tiny_runs import Main, Runs
@@ -41,17 +41,16 @@ class MappedMemory:
         path.unlink(missing_ok=True)
         self.flags = whole[:flag_bytes].view(torch.int32).view(6, n, n)  # channel, owner, sender
         self.memory = [whole[flag_bytes + rank * n_bytes :][:n_bytes] for rank in range(n)]
-        self.me, self.others = ranks.rank, [rank for rank in range(n) if rank != ranks.rank]
+        self.me = ranks.rank
 
     def signal(self, channel: int, value: int) -> None:
         time.sleep(random.random() * 1e-3)
-        for rank in self.others:
-            assert self.flags[channel, rank, self.me] <= value, "a signal only grows"
-            self.flags[channel, rank, self.me] = value
+        assert int(self.flags[channel, :, self.me].max()) <= value, "a signal only grows"
+        self.flags[channel, :, self.me] = value
 
     def wait(self, channel: int, value: int) -> None:
         deadline = time.monotonic() + 60
-        while min(self.flags[channel, self.me, self.others].tolist()) < value:
+        while int(self.flags[channel, self.me].min()) < value:
             assert time.monotonic() < deadline, "no signal"
             time.sleep(0)
         time.sleep(random.random() * 1e-3)
@@ -60,7 +59,7 @@ class MappedMemory:
 def copy_in_memory() -> None:
     """What a rank becomes before it starts: one that exchanges by copies, each where the one before has been."""
     exchange.PIECE, exchange.RING_PIECES, exchange.PeerMemory = 50, 1, MappedMemory
-    sharding.choose_exchange = lambda *args, **kwargs: "copies"
+    sharding.choose_exchange = lambda *args, **kwargs: ("copies", "")
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +149,54 @@ def test_averages_and_rows_arrive(n: int, runs: Runs) -> None:
 def test_averages_and_rows_arrive_on_gpus(runs: Runs) -> None:
     n = min(torch.cuda.device_count(), 4)
     assert runs.run_ranks(n, "gpus", "--device=cuda", main=average_and_spread).count("all the same") == n
+
+
+class Alone(Ranks):
+    """One of two ranks, whose other does and says the same."""
+
+    def all_of(self, value: object) -> list[object]:
+        return [value, value]
+
+
+class FakeMemory:
+    """What PeerMemory would be, and where it fails."""
+
+    def __init__(self, fails: str) -> None:
+        if fails == "allocate":
+            raise AttributeError("undefined symbol: cuStreamBatchMemOp_v2")
+        self.fails, self.device = fails, torch.device("cpu")
+        arrived = 0 if fails == "bytes" else 2
+        self.memory = [torch.tensor([1, arrived], dtype=torch.uint8) for _ in range(2)]
+        self.flags = torch.tensor([[1, 0 if fails == "signals" else 1]])
+
+    def signal(self, channel: int, value: int) -> None:
+        if self.fails == "signal":
+            raise RuntimeError("cuStreamBatchMemOp failed with CUDA error 801\nat a place")
+
+    def wait(self, channel: int, value: int) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        ("nowhere", ""),
+        ("allocate", "undefined symbol: cuStreamBatchMemOp_v2"),
+        ("signal", "cuStreamBatchMemOp failed with CUDA error 801"),
+        ("bytes", "what one GPU copies into another's memory does not arrive there"),
+        ("signals", "what one GPU copies into another's memory does not arrive there"),
+    ],
+)
+def test_where_copies_fail_nccl_is_taken_and_says_why(fails: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "PeerMemory", lambda ranks, n_bytes: FakeMemory(fails))
+    monkeypatch.setattr(exchange, "why_not_copies", lambda ranks: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    ranks = Alone(0, 2, torch.device("cpu"))
+    expected = ("collectives", reason) if reason else ("copies", "")
+    assert exchange.choose_exchange("auto", ranks, in_groups=False) == expected
+    assert exchange.choose_exchange("auto", ranks, in_groups=True)[0] == "collectives"
+    if reason:
+        with pytest.raises(UserError, match=f"--exchange=copies: {reason}; pass --exchange=auto"):
+            exchange.choose_exchange("copies", ranks, in_groups=False)
 
 
 def test_copies_asked_for_where_there_are_none(runs: Runs) -> None:
