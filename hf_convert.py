@@ -8,33 +8,16 @@ generation_config.json, and a model card out of the run's log. import writes wei
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import math
-import shutil
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from checkpoint import FOLDER, TOKENIZER_FOLDER
-from checkpoint_files import Checkpoint, sync, write_checkpoint
-from configurator import NOT_SHAPE, Config, ModelConfig, UserError, run_command
-from data.tokenizer import Tokenizer
-from flops import count_parameters, flops_per_token
-from hf_format import FAMILIES, config_json, layout, model_type_of, parameter_shapes, theirs_from_ours, write_tensors
-from pretrained import Pretrained, open_pretrained
-from run_file import log_path
-
-if TYPE_CHECKING:
-    from visualize_training import Run
+from configurator import NOT_SHAPE, Config, ModelConfig, UserError, answer_early, run_command
 
 DTYPES = ("float32", "bfloat16", "float16")
-CARD, PICTURE = "README.md", "loss_curve.png"
 
 
-def main(argv: list[str]) -> int:
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; raises UserError."""
     parser = argparse.ArgumentParser(prog="hf_convert.py", description="Convert a model to or from a Hugging Face folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="a checkpoint becomes a folder that transformers loads")
@@ -50,9 +33,39 @@ def main(argv: list[str]) -> int:
     import_.add_argument("--block_size", type=int, help="crop the context to so many tokens")
     import_.add_argument("--data_dir", default="", help="of a ckpt.pt: the folder that holds its dataset, for its tokenizer")
     args = parser.parse_args(argv)
+    if args.command == "export" and not 0 < args.shard_gb < math.inf:
+        raise UserError(f"--shard_gb={args.shard_gb:g}: it must be a number greater than 0, such as 2")
+    return args
+
+
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    answer_early(arguments)
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from checkpoint import FOLDER, TOKENIZER_FOLDER
+from checkpoint_files import Checkpoint, sync, write_checkpoint
+from data.tokenizer import Tokenizer
+from flops import count_parameters, flops_per_token
+from hf_format import FAMILIES, config_json, layout, model_type_of, parameter_shapes, theirs_from_ours, write_tensors
+from pretrained import Pretrained, open_pretrained
+from run_file import log_path
+
+if TYPE_CHECKING:
+    from visualize_training import Run
+
+CARD, PICTURE = "README.md", "loss_curve.png"
+
+
+def main(argv: list[str]) -> int:
+    args = arguments(argv)
     if args.command == "export":
-        if not 0 < args.shard_gb < math.inf:
-            raise UserError(f"--shard_gb={args.shard_gb:g}: it must be a number greater than 0, such as 2")
         pretrained = open_pretrained(args.source, args.checkpoint, args.data_dir)
         export_model(pretrained, args.hf_dir, args.dtype, int(args.shard_gb * 1e9))
         print(f"{pretrained.name} is now {args.hf_dir}: AutoModelForCausalLM.from_pretrained({str(args.hf_dir)!r})")
