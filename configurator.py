@@ -228,7 +228,7 @@ class ParallelConfig:
     fsdp_reshard_after_forward: bool = True  # fsdp: free a block's parameters until its backward pass: less memory, more traffic
     fsdp_accumulate_whole: bool | None = None  # fsdp: exchange once a step, not every micro-step; none: if memory allows it
     hsdp_shard_size: int = 0  # fsdp: shard over so many ranks (those of a node) and replicate across; 0 shards over all
-    exchange: Literal["auto", "copies", "collectives"] = "auto"  # of gradients and weights: a host's copy engines, or NCCL
+    exchange: Literal["auto", "copies", "collectives"] = "auto"  # copies: a host's copy engines; collectives: NCCL
     start_timeout_s: float = 1800.0  # longest wait of one rank for another until the loop begins (reading data, compilation)
     step_timeout_s: float = 600.0  # the same from then on; a rank that hangs ends the job after this time
 

@@ -4,10 +4,11 @@
         [--steps=10] [--no_profile] [--json=FILE]
 
 A step is `micro_steps` micro-batches a rank of `batch_size` x `block_size` random tokens, with train.py's own layout, compiled
-units and update. Efficiency is a rank's tokens a second over those of one rank alone with as many micro-steps, by the mean of
-the GPUs: `--ranks=1,4` first runs each of the four GPUs alone, all at the same time. GPUs of a host differ, and together they
-are as fast as the slowest; `of_slowest` is over that one. Exposed communication is the time in which a GPU runs NCCL's kernels,
-or copies between GPUs, and nothing else. All settings of one number of ranks share a launch.
+units and update; a vocabulary that is left to the dataset counts as GPT-2's. Efficiency is a rank's tokens a second over those of
+one rank alone with as many micro-steps, by the mean of the GPUs: `--ranks=1,4` first runs each of the four GPUs alone, all at the
+same time. GPUs of a host differ, and together they are as fast as the slowest; `of_slowest` is over that one. Exposed
+communication is the time in which a GPU runs NCCL's kernels, or copies to another, and nothing else. All settings of one number
+of ranks share a launch.
 Needs as many GPUs as ranks; with --device=cpu it runs over gloo, to try the script itself.
 """
 
@@ -31,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import Config, load_config
+from configurator import Config, UserError, load_config, run_command
 
 WARMUP_STEPS = 3
 GIB = 2**30
@@ -176,6 +177,9 @@ def add_rates(rows: list[dict[str, Any]], cfg: Config) -> None:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
+    def shown(value: Any) -> str:
+        return "-" if value is None else str(value)
+
     columns = (
         "ranks",
         "strategy",
@@ -188,51 +192,72 @@ def report(rows: list[dict[str, Any]]) -> None:
         "parameters_gib",
     )
     columns += ("gradients_gib", "optimizer_gib", "activations_and_rest_gib", "exposed_communication_ms")
-    widths = [max(len(name), *(len(str(row[name])) for row in rows)) for name in columns]
+    widths = [max(len(name), *(len(shown(row[name])) for row in rows)) for name in columns]
     for line in (dict(zip(columns, columns, strict=True)), *rows):
-        print("  ".join(str(line[name]).rjust(width) for name, width in zip(columns, widths, strict=True)))
+        print("  ".join(shown(line[name]).rjust(width) for name, width in zip(columns, widths, strict=True)))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, one launch each")
-    parser.add_argument("--strategies", default="ddp,zero1,fsdp")
+    parser.add_argument("--strategies", default="ddp,zero1,fsdp", help="any of the three, with commas between")
     parser.add_argument("--micro_steps", default="1,4", help="micro-steps a rank")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--no_profile", dest="profile", action="store_false", help="do not measure exposed communication")
     parser.add_argument("--json", help="write the figures here as well")
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # a launch writes its figures here
     args, knobs = parser.parse_known_args()
+    if unknown := set(args.strategies.split(",")) - {"ddp", "zero1", "fsdp"}:
+        parser.error(f"--strategies: no {unknown.pop()!r}; there are ddp, zero1 and fsdp")
     cfg = load_config(knobs)
     if cfg.model.vocab_size == 0:
         knobs.append("--vocab_size=50304")  # GPT-2's, padded
         cfg = load_config(knobs)
     if args.rows:
         run_ranks(args, cfg)
-        return
+        return 0
     rows: list[dict[str, Any]] = []
+    failed = False
     flags = [f"--{name}={value}" for name, value in vars(args).items() if name in ("strategies", "micro_steps", "steps")]
     numbers = [int(n) for n in args.ranks.split(",")]
-    has_gpus = cfg.run.device != "cpu" and shutil.which("nvidia-smi") is not None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(max(numbers))))).split(",")
+    on_gpu = cfg.run.device != "cpu"
+    visible = visible_gpus() if on_gpu else []
+    if on_gpu and len(visible) < max(numbers):
+        raise UserError(
+            f"{max(numbers)} ranks need as many GPUs, and this machine has {len(visible)}; "
+            "--device=cpu tries the script, with a small model"
+        )
     own = [__file__, *flags, *([] if args.profile else ["--no_profile"]), *knobs]
     with tempfile.TemporaryDirectory() as folder:
         for n in numbers:
             launches = []
-            for gpu in range(max(numbers) if n == 1 and has_gpus else 1):
+            for gpu in range(max(numbers) if n == 1 and on_gpu else 1):
                 path = Path(folder, f"{n}-{gpu}.json")
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": visible[gpu]} if n == 1 and has_gpus else {})
+                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": visible[gpu]} if n == 1 and on_gpu else {})
                 launches.append((path, subprocess.Popen([*command, *own, f"--rows={path}"], env=environment)))
             for path, process in launches:
                 if process.wait():
-                    print(f"a launch of {n} ranks ended with exit code {process.returncode}", file=sys.stderr)
+                    print(f"a launch of {n} ranks ended with exit code {process.returncode}: see above", file=sys.stderr)
+                    failed = True
                 rows += json.loads(path.read_text()) if path.exists() else []  # what was measured before a failure counts
     add_rates(rows, cfg)
-    report(rows)
-    if args.json:
+    if rows:
+        report(rows)
+    if rows and args.json:
         Path(args.json).write_text(json.dumps({"config": cfg.model.architecture, "rows": rows}, indent=1) + "\n")
+    return int(failed)
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may name; this process itself must not start CUDA, whose memory it would take."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout.splitlines()
+    return [str(index) for index, line in enumerate(line for line in listed if line.startswith("GPU "))]
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())

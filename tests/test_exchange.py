@@ -139,6 +139,27 @@ def average_and_spread(argv: list[str]) -> None:
         print("all the same")
 
 
+def average_without_a_break(argv: list[str]) -> None:
+    """On every rank: hundreds of gradients of uneven sizes, one behind the other, on streams that are slow now and then."""
+    with ExitStack() as stack:
+        cfg = load_config(argv)
+        ranks = start_ranks(cfg.run, cfg.parallel, stack)
+        shapes = [(1000, 2304), (6912, 1200), (77, 513), (4096, 4096), (1, 9)]
+        largest = max(sharding.share_of([torch.empty(shape, device="meta")], ranks.world_size) for shape in shapes)
+        copies, draw = Copies(ranks, largest, gathers=True), random.Random(ranks.rank)
+        wrong = torch.zeros((), device=ranks.device, dtype=torch.int64)
+        for number in range(300):
+            gradient = torch.full(random.Random(number).choice(shapes), float(number + ranks.rank), device=ranks.device)
+            copies.average(gradient, everywhere=True)
+            for stream in (copies.incoming, copies.outgoing, torch.cuda.current_stream()):
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(int(draw.random() ** 4 * 4e6))  # cycles: 2 ms at the most
+            copies.finish_averages()
+            wrong += (gradient != number + (ranks.world_size - 1) / 2).sum()
+        assert wrong.item() == 0
+        print("all the same")
+
+
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_averages_and_rows_arrive(n: int, runs: Runs) -> None:
     output = run_copies(runs, n, f"arrive-{n}", main=average_and_spread)
@@ -146,9 +167,10 @@ def test_averages_and_rows_arrive(n: int, runs: Runs) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_averages_and_rows_arrive_on_gpus(runs: Runs) -> None:
-    n = min(torch.cuda.device_count(), 4)
-    assert runs.run_ranks(n, "gpus", "--device=cuda", main=average_and_spread).count("all the same") == n
+@pytest.mark.parametrize("main", [average_and_spread, average_without_a_break])
+def test_averages_and_rows_arrive_on_gpus(main: Main, runs: Runs) -> None:
+    n = 4 if torch.cuda.device_count() >= 4 else 2
+    assert runs.run_ranks(n, "gpus", "--device=cuda", main=main).count("all the same") == n
 
 
 class Alone(Ranks):
