@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from configurator import UserError
-from parallel import Ranks
+from parallel import Ranks, first_line
 
 if hasattr(dist, "all_gather_single"):
     from torch.distributed import all_gather_single
@@ -29,6 +29,7 @@ else:  # its name before torch 2.13
 PIECE = 2**22  # elements that one rank sends another at a time: 16 MiB, at which a copy reaches nine tenths of NVLink's speed
 ALIGNMENT = 512  # bytes, as the caching allocator's: products are slower, or refused, at less than 16
 RING_PIECES = 4  # of each rank's gradients, on their way at the same time
+UNSUPPORTED = (RuntimeError, OSError, AttributeError, ImportError)  # by the GPUs, the driver or PyTorch
 T = TypeVar("T")
 Wait = Callable[[], None]  # returns when what is under way may be read; on a GPU the stream waits, not the host
 
@@ -37,6 +38,11 @@ def own_rows(n_rows: int, share: int, n_shares: int) -> tuple[int, int]:
     """First row and the one behind the last of share number `share`; a late share of a few rows may be empty."""
     size = -(-n_rows // n_shares)
     return min(share * size, n_rows), min((share + 1) * size, n_rows)
+
+
+def share_of(parameters: Iterable[Tensor], n_shares: int) -> int:
+    """Elements of the first of so many shares of rows, which none is larger than."""
+    return sum(own_rows(len(p), 0, n_shares)[1] * p[0].numel() for p in parameters)
 
 
 class Collectives:
@@ -139,7 +145,7 @@ class Copies:
 
     def average(self, gradient: Tensor, everywhere: bool) -> None:
         """As Collectives does: each share by its rank, `everywhere` sent on to all."""
-        flat, share = gradient.view(-1), -(-len(gradient) // self.n) * gradient[0].numel()
+        flat, share = gradient.view(-1), share_of([gradient], self.n)
         shares = [flat[rank * share : (rank + 1) * share] for rank in range(self.n)]  # a late one may be shorter, or empty
         self._average(shares, shares[self.me], torch.mean, everywhere)
 
@@ -182,7 +188,8 @@ class Copies:
             self.peers.signal(self.FINISHED, number)
 
     def finish_averages(self) -> None:
-        _follow(None if self.incoming is None else torch.cuda.current_stream(), self.incoming)
+        if self.incoming is not None:
+            torch.cuda.current_stream().wait_stream(self.incoming)
 
     def gather(self, output: Tensor, own: Tensor) -> None:
         """output (ranks E,): everybody's `own` (E,), which may lie in it; in the current stream."""
@@ -297,9 +304,9 @@ def together(ranks: Ranks, do: Callable[[], T]) -> T:
     result, error = None, None
     try:
         result = do()
-    except (RuntimeError, OSError, AttributeError, ImportError) as caught:
+    except UNSUPPORTED as caught:
         error = caught
-    reasons = ranks.all_of(error and (str(error) or type(error).__name__).splitlines()[0])
+    reasons = ranks.all_of(error and first_line(error))
     if error is not None:
         raise error
     if reason := next(filter(None, reasons), None):
@@ -353,6 +360,6 @@ def try_copies(ranks: Ranks) -> str | None:
         peers = PeerMemory(ranks, ranks.world_size)
         together(ranks, send)
         together(ranks, look)
-    except (RuntimeError, OSError, AttributeError, ImportError) as error:
-        return (str(error) or type(error).__name__).splitlines()[0]
+    except UNSUPPORTED as error:
+        return first_line(error)
     return None

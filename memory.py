@@ -105,6 +105,12 @@ def unit_parameters(m: ModelConfig) -> int:
     return (count.attention + count.ffn + count.norms) // m.n_layer
 
 
+def largest_unit(cfg: Config) -> int:
+    """Parameters that fsdp gathers at a time, at most: a block's or the root's, which has all where blocks are no units."""
+    total, unit = count_parameters(cfg.model).total, unit_parameters(cfg.model)
+    return max(total - cfg.model.n_layer * unit, unit) if unit >= cfg.parallel.fsdp_min_num_params else total
+
+
 def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
     """What the exchange by copy engines keeps for what arrives: RING_BYTES a rank, or four of the largest tensor's share."""
     m, parallel = cfg.model, cfg.parallel
@@ -113,8 +119,7 @@ def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
         return 0
     largest = m.n_embd * max(m.vocab_size, up_width(m), (m.n_head + 2 * m.kv_heads) * m.head_dim)
     if strategy == "fsdp":
-        total, unit = count_parameters(m).total, unit_parameters(m)
-        largest = max(total - m.n_layer * unit, unit) if unit >= parallel.fsdp_min_num_params else total
+        largest = largest_unit(cfg)
     return (ranks + (strategy == "fsdp")) * min(RING_BYTES, 16 * largest // ranks)  # fsdp has one for what it gathers as well
 
 
@@ -146,7 +151,7 @@ def fsdp_in_flight(cfg: Config, width: int, keeps: bool) -> tuple[int, int]:
         return width * total, (width + 4) * total
     root, n_gathered = total - m.n_layer * unit, m.n_layer if keeps else min(2, m.n_layer)
     gathered = width * (root + n_gathered * unit)
-    return gathered, gathered + (width + 4) * max(root, unit)
+    return gathered, gathered + (width + 4) * largest_unit(cfg)
 
 
 def kept_per_token(cfg: Config, dtype: Precision) -> int:

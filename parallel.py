@@ -181,10 +181,15 @@ def connect(device: torch.device) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=MEETING_TIMEOUT_S), device_id=gpu)
     except (RuntimeError, ValueError) as error:  # a port in use, a rank that is gone, an incomplete environment
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"the ranks cannot meet at {where}: {reason}; start them with torchrun, on a free --master_port"
         ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, without the traces that PyTorch appends."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def is_first_to_fail() -> bool:
@@ -218,7 +223,7 @@ def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]
 
                 get_error_handler().record_exception(error)
         elif not is_user_error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             print(f"rank {dist.get_rank()} ends because another rank has failed ({reason[:200]})", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,7 +11,7 @@ follows from `Part`: the optimizer works on the parts alone, and a checkpoint is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
-from exchange import Collectives, Copies, Wait, choose_exchange, own_rows
+from exchange import Collectives, Copies, Wait, choose_exchange, own_rows, share_of
 from memory import GIB, USABLE, first_that_fits, predict_memory, settled
 from optim import Gradients
 from parallel import Ranks
@@ -47,11 +47,6 @@ def put_rows(parameter: Tensor, values: Tensor) -> None:
         rows.copy_(values[first : first + len(rows)])
     else:
         parameter.copy_(values)
-
-
-def share_of(parameters: Iterable[Tensor], n_shares: int) -> int:
-    """Elements of the first of so many shares of rows, which none is larger than."""
-    return sum(own_rows(len(p), 0, n_shares)[1] * p[0].numel() for p in parameters)
 
 
 def first_row_of(parameter: DTensor) -> int:
@@ -117,11 +112,12 @@ class DataParallel(Layout):
 
     def attach(self, model: nn.Module) -> None:
         matrices = [p for p in model.parameters() if p.ndim > 1]
-        self.exchange = Collectives(self.ranks)
         if self.exchange_by == "copies":
             largest_share = max(share_of([p], self.ranks.world_size) for p in matrices)
             self.exchange = Copies(self.ranks, largest_share, at_home=[] if self.everywhere else matrices)
             self.uncounted_bytes = self.exchange.peers.uncounted_bytes
+        else:
+            self.exchange = Collectives(self.ranks)
         super().attach(model)
         self.vectors = [p for p in model.parameters() if p.ndim < 2]
         self._is_last = False

@@ -20,7 +20,7 @@ from parallel import device_name
 from plan import start_section, three_digits
 from precision import dtype_name
 from sharding import Layout
-from startup import TrainState, compiles, replays_graph
+from startup import TrainState, compiles, epochs_of, replays_graph
 from training_logger import Throughput
 
 
@@ -108,8 +108,7 @@ def model_info(cfg: Config, full: float, causal: float) -> dict[str, Any]:
 
 
 def data_info(cfg: Config, dataset: Dataset) -> dict[str, Any]:
-    batch = cfg.data.batch_size * cfg.data.gradient_accumulation_steps
-    per_epoch = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed).samples_per_epoch
+    order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
     return {
         "dataset": dataset.name,
         "folder": str(dataset.folder),
@@ -117,7 +116,7 @@ def data_info(cfg: Config, dataset: Dataset) -> dict[str, Any]:
         "val_tokens": len(dataset.val),
         "tokenizer": dataset.tokenizer,
         "vocab_size": dataset.vocab_size,
-        "epochs": three_digits(cfg.optim.max_iters * batch / per_epoch),
+        "epochs": three_digits(epochs_of(cfg, order)),
     }
 
 

@@ -131,10 +131,6 @@ class TrainState:
         for name, tensor in scalars.items():
             yield name, Piece.whole(tensor), world_size
 
-    def begin_step(self) -> None:
-        """Before the first micro-step."""
-        self.fp8.begin_step()
-
     def to_save(self) -> dict[str, Piece]:
         """This rank's share of the tensors: ranks that hold the same rows divide them, so that each copies and writes as much."""
         self.layout.settle()
@@ -233,8 +229,13 @@ def schedule_notes(cfg: Config) -> list[str]:
     return []
 
 
+def epochs_of(cfg: Config, order: SampleOrder) -> float:
+    """How often the whole run reads its training data."""
+    return cfg.optim.max_iters * cfg.data.batch_size * cfg.data.gradient_accumulation_steps / order.samples_per_epoch
+
+
 def data_notes(cfg: Config, order: SampleOrder) -> list[str]:
-    epochs = cfg.optim.max_iters * cfg.data.batch_size * cfg.data.gradient_accumulation_steps / order.samples_per_epoch
+    epochs = epochs_of(cfg, order)
     if epochs > LAW["epochs"] and not cfg.eval.eval_only:
         worth = f"up to {LAW['epochs']} are nearly as good as new data, more teach less and less (Muennighoff et al. 2023)"
         return [f"the run makes {three_digits(epochs):,g} epochs over its training data: {worth}"]

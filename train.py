@@ -159,7 +159,7 @@ def train_step(run: Run) -> None:
     lr = learning_rate(state.step, cfg.optim)
     logged = due(state.step + 1, cfg.log.log_interval) or state.step + 1 in (1, cfg.optim.max_iters)
     loss = torch.zeros((), device=device)
-    state.begin_step()
+    state.fp8.begin_step()
     for number, (x, y) in enumerate(run.loader.step(), 1):  # (B, T) each, equally long: the mean of their means is the mean
         layout.begin(is_last=number == micro_steps)
         loss += run.micro_step(x, y)

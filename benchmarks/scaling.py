@@ -33,6 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import Config, UserError, load_config, run_command
+from memory import STRATEGIES
 
 WARMUP_STEPS = 3
 GIB = 2**30
@@ -73,12 +74,12 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
 
     def step() -> None:
         nonlocal gradient_bytes
-        state.begin_step()
+        fp8.begin_step()
         for number in range(1, micro_steps + 1):
             layout.begin(is_last=number == micro_steps)
             micro_step(idx[0], idx[1])
         gradients = layout.gradients()
-        gradient_bytes = sum(getattr(p.grad, "_local_tensor", p.grad).nbytes for p in model.parameters())
+        gradient_bytes = gradient_bytes or sum(getattr(p.grad, "_local_tensor", p.grad).nbytes for p in model.parameters())
         update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
         fp8.finish_step()
         layout.finish()
@@ -180,18 +181,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     def shown(value: Any) -> str:
         return "-" if value is None else str(value)
 
-    columns = (
-        "ranks",
-        "strategy",
-        "micro_steps",
-        "step_ms",
-        "tokens_per_s_per_rank",
-        "efficiency",
-        "of_slowest",
-        "peak_gib",
-        "parameters_gib",
-    )
-    columns += ("gradients_gib", "optimizer_gib", "activations_and_rest_gib", "exposed_communication_ms")
+    columns = "ranks strategy micro_steps step_ms tokens_per_s_per_rank efficiency of_slowest peak_gib parameters_gib".split()
+    columns += "gradients_gib optimizer_gib activations_and_rest_gib exposed_communication_ms".split()
     widths = [max(len(name), *(len(shown(row[name])) for row in rows)) for name in columns]
     for line in (dict(zip(columns, columns, strict=True)), *rows):
         print("  ".join(shown(line[name]).rjust(width) for name, width in zip(columns, widths, strict=True)))
@@ -207,8 +198,8 @@ def main() -> int:
     parser.add_argument("--json", help="write the figures here as well")
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # a launch writes its figures here
     args, knobs = parser.parse_known_args()
-    if unknown := set(args.strategies.split(",")) - {"ddp", "zero1", "fsdp"}:
-        parser.error(f"--strategies: no {unknown.pop()!r}; there are ddp, zero1 and fsdp")
+    if unknown := set(args.strategies.split(",")).difference(STRATEGIES):
+        parser.error(f"--strategies: no {unknown.pop()!r}; there are {', '.join(STRATEGIES)}")
     cfg = load_config(knobs)
     if cfg.model.vocab_size == 0:
         knobs.append("--vocab_size=50304")  # GPT-2's, padded

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import exchange
 import sharding
 from configurator import UserError, load_config
-from exchange import Collectives, Copies, all_gather_single, own_rows
+from exchange import Collectives, Copies, all_gather_single, own_rows, share_of
 from parallel import Ranks, start_ranks
 from tiny_runs import Main, Runs
 
@@ -102,7 +102,7 @@ def average_and_spread(argv: list[str]) -> None:
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
         device = ranks.device
         weights = [torch.zeros(shape, device=device) for shape in SHAPES]
-        largest = max(-(-rows // ranks.world_size) * width for rows, width in SHAPES)
+        largest = max(share_of([weight], ranks.world_size) for weight in weights)
         copies, collectives = Copies(ranks, largest, at_home=weights, gathers=True), Collectives(ranks)
         for step in range(20):
             generator = torch.Generator().manual_seed(100 * step + ranks.rank)
@@ -145,7 +145,7 @@ def average_without_a_break(argv: list[str]) -> None:
         cfg = load_config(argv)
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
         shapes = [(1000, 2304), (6912, 1200), (77, 513), (4096, 4096), (1, 9)]
-        largest = max(sharding.share_of([torch.empty(shape, device="meta")], ranks.world_size) for shape in shapes)
+        largest = max(share_of([torch.empty(shape, device="meta")], ranks.world_size) for shape in shapes)
         copies, draw = Copies(ranks, largest, gathers=True), random.Random(ranks.rank)
         wrong = torch.zeros((), device=ranks.device, dtype=torch.int64)
         for number in range(300):

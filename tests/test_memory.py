@@ -16,10 +16,12 @@ from torch._inductor.decomposition import select_decomp_table
 
 import kernels
 from configurator import ROOT, load_config
+from exchange import PIECE, RING_PIECES
 from flops import PEAKS, count_parameters
 from memory import (
     GPU_MEMORY_GIB,
     LOGITS_BYTES,
+    RING_BYTES,
     bytes_of,
     first_that_fits,
     kept_per_token,
@@ -114,6 +116,10 @@ def test_peak_equals_the_measured_one(argv, measured_gib):
 def test_peak_with_the_kernels_of_auto_is_nearly_what_is_reserved(argv, measured_gib):
     """On one H200 (docs/TRAINING_GUIDE.md), with the allocator's gaps."""
     assert predict_memory(load_config([*argv, ONE_MICRO_STEP]), "bfloat16").peak / GIB == pytest.approx(measured_gib, rel=0.03)
+
+
+def test_the_ring_is_the_exchanges():
+    assert RING_BYTES == 4 * RING_PIECES * PIECE
 
 
 def test_rows_of_logits_that_are_held():
