@@ -26,9 +26,10 @@ if hasattr(dist, "all_gather_single"):
 else:  # its name before torch 2.13
     from torch.distributed import all_gather_into_tensor as all_gather_single
 
-PIECE = 2**22  # elements that one rank sends another at a time: 16 MiB, at which a copy reaches nine tenths of NVLink's speed
+PIECE = 2**24  # bytes that one rank sends another at a time, with which a copy reaches nine tenths of NVLink's speed
 ALIGNMENT = 512  # bytes, as the caching allocator's: products are slower, or refused, at less than 16
 RING_PIECES = 4  # of each rank's gradients, on their way at the same time
+MEAN_BYTES = 4  # of an element of an average: float32, whatever is averaged
 UNSUPPORTED = (RuntimeError, OSError, AttributeError, ImportError)  # by the GPUs, the driver or PyTorch
 T = TypeVar("T")
 Wait = Callable[[], None]  # returns when what is under way may be read; on a GPU the stream waits, not the host
@@ -45,6 +46,10 @@ def share_of(parameters: Iterable[Tensor], n_shares: int) -> int:
     return sum(own_rows(len(p), 0, n_shares)[1] * p[0].numel() for p in parameters)
 
 
+def aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
 class Collectives:
     """torch.distributed's: NCCL between GPUs, gloo between CPUs."""
 
@@ -53,10 +58,15 @@ class Collectives:
         self._averages: list[tuple[Any, Tensor]] = []
         self._can_average = ranks.device.type == "cuda"  # NCCL divides on its way, gloo does not
 
-    def average(self, gradient: Tensor, everywhere: bool) -> None:
-        """Starts turning (rows, ...) into its mean over the ranks: this rank's rows at least, all of it `everywhere`."""
-        op = dist.ReduceOp.AVG if self._can_average else dist.ReduceOp.SUM
-        self._averages.append((dist.all_reduce(gradient, op, async_op=True), gradient))
+    def average(self, gradient: Tensor, everywhere: bool) -> Tensor:
+        """Starts on the mean over the ranks, in float32, of (rows, ...) of any dtype, which then belongs to the exchange.
+
+        What it returns will have this rank's rows of the mean or, `everywhere`, all of it.
+        """
+        mean, op = gradient.float(), dist.ReduceOp.AVG if self._can_average else dist.ReduceOp.SUM
+        self._averages.append((dist.all_reduce(mean, op, async_op=True), mean))
+        first, end = own_rows(len(mean), self.ranks.rank, self.ranks.world_size)
+        return mean if everywhere else mean[first:end]
 
     def finish_averages(self) -> None:
         """Returns when all that was started may be read: on a GPU the stream waits, not the host."""
@@ -92,6 +102,7 @@ class Ring:
     """
 
     def __init__(self, size: int) -> None:
+        """`size` and everything in here in bytes."""
         self.size, self.end, self.newest = size, 0, 0
         self.in_use: list[tuple[int, int, int]] = []  # (number, start, end)
 
@@ -108,27 +119,36 @@ class Copies:
     """Copies between the memories of a host's GPUs, beside the stream that computes.
 
     What is averaged is cut into a share for each rank, and shares into pieces. Of each piece every rank sends every other what it
-    has of the other's share (ARRIVED), averages what it has got of its own, and, where all want all, fetches the other
+    has of the other's share (ARRIVED), averages what it has got of its own in float32, and, where all want all, fetches the other
     averages (AVERAGED): one rank computes them, so all have the same bits. What arrives lies in a ring until no rank, itself
     included, needs it any more (FINISHED). What is gathered lies in a second ring, for the others to fetch (READY, FETCHED).
 
-    `largest_share`: elements of the largest share; `at_home`: the parameters whose rows are to be `spread`, which move to memory
-    that the other ranks reach; `gathers`: whether there is anything to `gather`, no more than a largest share at a time.
+    `largest_share`: elements of the largest share; `everywhere`: whether averages are for all; `at_home`: the parameters whose
+    rows are to be `spread`, which move to memory that the other ranks reach; `gathers`: whether there is anything to `gather`, no
+    more than a largest share at a time.
     """
 
     ARRIVED, AVERAGED, FINISHED, READY, FETCHED, SPREAD = range(6)
 
-    def __init__(self, ranks: Ranks, largest_share: int, at_home: Sequence[Tensor] = (), gathers: bool = False) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        largest_share: int,
+        everywhere: bool,
+        at_home: Sequence[Tensor] = (),
+        gathers: bool = False,
+    ) -> None:
         self.me, self.n = ranks.rank, ranks.world_size
         self.others = [(self.me + k) % self.n for k in range(1, self.n)]  # not all to the same one first
-        own = RING_PIECES * min(PIECE, largest_share)
-        self.averages, self.gathers = Ring(self.n * own), Ring(4 * own if gathers else 0)  # in float32 elements, in bytes
-        sizes = [4 * self.averages.size, self.gathers.size, *(p.nbytes for p in at_home)]
-        *starts, total = itertools.accumulate((-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), initial=0)
+        own = RING_PIECES * aligned(min(PIECE, 4 * largest_share))
+        # The averages of a piece take twice its bytes where it is in a dtype half as wide.
+        self.averages, self.gathers = Ring((self.n + 2 * everywhere) * own), Ring(own if gathers else 0)
+        sizes = [self.averages.size, self.gathers.size, *(p.nbytes for p in at_home)]
+        *starts, total = itertools.accumulate(map(aligned, sizes), initial=0)
         self.peers = PeerMemory(ranks, total)
         spans = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         parts = [[memory[span] for span in spans] for memory in self.peers.memory]
-        self.arriving = [part[0].view(torch.float32) for part in parts]  # by rank, as all of these
+        self.arriving = [part[0] for part in parts]  # by rank, as all of these
         self.offered = [part[1] for part in parts]
         self.homes: dict[int, list[Tensor]] = {}  # by address: a parameter in everybody's memory
         for number, p in enumerate(at_home, 2):
@@ -143,30 +163,49 @@ class Copies:
             torch.cuda.synchronize(ranks.device)
         ranks.all_of(None)  # nobody spreads rows into a parameter that is still moving
 
-    def average(self, gradient: Tensor, everywhere: bool) -> None:
-        """As Collectives does: each share by its rank, `everywhere` sent on to all."""
-        flat, share = gradient.view(-1), share_of([gradient], self.n)
-        shares = [flat[rank * share : (rank + 1) * share] for rank in range(self.n)]  # a late one may be shorter, or empty
-        self._average(shares, shares[self.me], torch.mean, everywhere)
+    def average(self, gradient: Tensor, everywhere: bool) -> Tensor:
+        """As Collectives does: each share by its rank, `everywhere` sent on to all. A float32 gradient becomes its mean."""
+        first, end = own_rows(len(gradient), self.me, self.n)
+        if gradient.dtype == torch.float32:
+            mean = gradient if everywhere else gradient[first:end]
+        else:
+            mean = torch.empty_like(gradient if everywhere else gradient[first:end], dtype=torch.float32)
+        means = self._shares(mean) if everywhere else []
+        self._average(self._shares(gradient), means[self.me] if means else mean.view(-1), torch.mean, means)
+        for stream in (self.outgoing, self.incoming):
+            if stream is not None:  # nobody else may have this memory before they have read it
+                gradient.record_stream(stream)
+        return mean
+
+    def _shares(self, tensor: Tensor) -> list[Tensor]:
+        """By rank, flat; a late one may be shorter, or empty."""
+        flat, share = tensor.view(-1), share_of([tensor], self.n)
+        return [flat[rank * share : (rank + 1) * share] for rank in range(self.n)]
 
     def reduce_scatter(self, output: Tensor, whole: Tensor, op: dist.ReduceOp) -> None:
         """output (E,): the sum or average over the ranks of this rank's part of `whole` (ranks E,); the current stream waits."""
-        self._average(list(whole.view(self.n, -1)), output, torch.mean if op == dist.ReduceOp.AVG else torch.sum, False)
+        self._average(list(whole.view(self.n, -1)), output, torch.mean if op == dist.ReduceOp.AVG else torch.sum, [])
         self.finish_averages()
 
-    def _average(self, shares: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], everywhere: bool) -> None:
+    def _average(self, shares: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], means: list[Tensor]) -> None:
+        """The own share's mean into `output`; everybody's into `means`, which there are none of, or as many as shares."""
         _follow(self.outgoing)
-        for first in range(0, len(shares[0]), PIECE):
-            pieces = [share[first : first + PIECE] for share in shares]
-            self._average_piece(pieces, output[first : first + PIECE], reduce, everywhere)
+        length = PIECE // shares[0].itemsize
+        for first in range(0, len(shares[0]), length):
+            piece = slice(first, first + length)
+            self._average_piece([s[piece] for s in shares], output[piece], reduce, [m[piece] for m in means])
 
-    def _average_piece(self, pieces: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], everywhere: bool) -> None:
+    def _average_piece(self, pieces: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], means: list[Tensor]) -> None:
         """Of each rank's share one piece, no longer than rank 0's."""
-        size = len(pieces[0])
-        number, start, before = self.averages.place(self.n * size)
+        dtype, width = pieces[0].dtype, pieces[0].itemsize
+        size = aligned(width * len(pieces[0]))  # of a place's parts: what each rank sends, and the average
+        number, start, before = self.averages.place(self.n * size + bool(means) * aligned(MEAN_BYTES * len(pieces[0])))
 
         def slot(owner: int, sender: int) -> Tensor:
-            return self.arriving[owner][start + sender * size :][: len(pieces[owner])]
+            return self.arriving[owner][start + sender * size :][: width * len(pieces[owner])].view(dtype)
+
+        def average(owner: int) -> Tensor:
+            return self.arriving[owner][start + self.n * size :][: MEAN_BYTES * len(pieces[owner])].view(torch.float32)
 
         with torch.cuda.stream(self.outgoing):
             self.peers.wait(self.FINISHED, before)
@@ -177,14 +216,14 @@ class Copies:
             _follow(self.incoming, self.outgoing)
             slot(self.me, self.me).copy_(pieces[self.me])
             self.peers.wait(self.ARRIVED, number)
-            everybodys = self.arriving[self.me][start : start + self.n * size].view(self.n, size)
-            reduce(everybodys[:, : len(output)], dim=0, out=output)
-            if everywhere:
-                slot(self.me, self.me).copy_(output)
+            everybodys = self.arriving[self.me][start : start + self.n * size].view(dtype).view(self.n, size // width)
+            reduce(everybodys[:, : len(output)], dim=0, dtype=torch.float32, out=output)
+            if means:
+                average(self.me).copy_(output)
                 self.peers.signal(self.AVERAGED, number)
                 self.peers.wait(self.AVERAGED, number)
                 for owner in self.others:
-                    pieces[owner].copy_(slot(owner, owner))
+                    means[owner].copy_(average(owner))
             self.peers.signal(self.FINISHED, number)
 
     def finish_averages(self) -> None:
@@ -196,8 +235,8 @@ class Copies:
         parts, given = list(output.view(self.n, -1).view(torch.uint8)), own.view(torch.uint8)
         if parts[self.me].data_ptr() != given.data_ptr():
             parts[self.me].copy_(given)
-        for first in range(0, len(given), 4 * PIECE):
-            size = len(given[first : first + 4 * PIECE])
+        for first in range(0, len(given), PIECE):
+            size = len(given[first : first + PIECE])
             number, start, before = self.gathers.place(size)
             self.peers.wait(self.FETCHED, before)
             self.offered[self.me][start : start + size].copy_(given[first : first + size])

@@ -37,17 +37,17 @@ GPU_MEMORY_GIB: dict[str, float] = {  # by the names of flops.PEAKS; as drivers 
 class MemoryUse:
     """Bytes on one GPU: what each component takes at most, and the peak, where not all are there at the same time."""
 
-    parameters: int  # float32
-    gradients: int  # float32
+    parameters: int  # float32, with the masters of those that are rounded
+    gradients: int  # float32; what is never added up or averaged stays as the products make it
     optimizer: int  # AdamW's two moments
-    weight_copies: int  # the weights in the arithmetic's dtype: autocast's copies, or what fsdp has gathered
+    weight_copies: int  # weights in the arithmetic's dtype: rounded parameters, autocast's copy, or what fsdp has gathered
     activations: int  # what the backward pass needs of the forward pass
     logits: int  # as many as are held at a time, overwritten by their gradient; with the head's input and its gradients
     peak: int
 
 
 def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ranks: int = 1) -> MemoryUse:
-    """The peak of a training step, weights and AdamW in float32, products in `dtype`; vocab_size must be known.
+    """The peak of a training step, AdamW and what it updates in float32, products in `dtype`; vocab_size must be known.
 
     fsdp is taken to exchange in every micro-step, unless the knob says otherwise (`settled`).
 
@@ -56,17 +56,17 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     them: a whole compiled model hands over all at once, among several ranks a unit does.
     """
     m, parallel, width = cfg.model, cfg.parallel, bytes_of(dtype)
-    tokens, n = cfg.data.batch_size * m.block_size, count_parameters(m).total
-    shards = (parallel.hsdp_shard_size or ranks) if strategy == "fsdp" else 1
-    accumulates = cfg.data.gradient_accumulation_steps > ranks
-    parameters = gradients = 4 * n // shards
-    optimizer = 8 * n // (ranks if strategy == "zero1" else shards)
+    tokens, n, accumulates = cfg.data.batch_size * m.block_size, count_parameters(m).total, adds_up(cfg, ranks)
     if strategy == "fsdp":
+        shards = parallel.hsdp_shard_size or ranks
         whole = accumulates and bool(parallel.fsdp_accumulate_whole)
-        gradients += 4 * n * whole
+        parameters, optimizer, rounded = 4 * n // shards, 8 * n // shards, 0
+        gradients = parameters + 4 * n * whole
         copies, arriving = fsdp_in_flight(cfg, width, keeps=whole or not parallel.fsdp_reshard_after_forward)
     else:
-        copies, arriving = weight_copies(m, width), 4 * unit_parameters(m) if ranks > 1 else gradients * accumulates
+        parameters, gradients, arriving = held_whole(cfg, width, strategy, ranks)
+        optimizer = 8 * n // (ranks if strategy == "zero1" else 1)
+        rounded, copies = width * rounded_elements(m, width), head_copy(m, width)
     activations = tokens * kept_per_token(cfg, dtype)
     _, logits = loss_bytes(cfg, dtype)
     # Behind the head the gradients inside a feed-forward take the logits' place, and what a block computes again.
@@ -74,9 +74,30 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     if m.gradient_checkpointing:
         inside += tokens * kept_in_block(cfg, dtype)
     at_start = gradients * accumulates + copies + activations + max(logits, inside)
-    ring = ring_bytes(cfg, strategy, ranks)
-    peak = parameters + optimizer + ring + max(at_start, gradients + arriving)
-    return MemoryUse(parameters, gradients, optimizer, copies, activations, logits, peak)
+    always = parameters + rounded + optimizer + ring_bytes(cfg, strategy, ranks)
+    peak = always + max(at_start, gradients + arriving)
+    return MemoryUse(parameters, gradients, optimizer, rounded + copies, activations, logits, peak)
+
+
+def adds_up(cfg: Config, ranks: int) -> bool:
+    """Whether a rank has several micro-steps in a step."""
+    return cfg.data.gradient_accumulation_steps > ranks
+
+
+def held_whole(cfg: Config, width: int, strategy: Strategy, ranks: int) -> tuple[int, int, int]:
+    """One process, ddp, zero1: bytes of (float32 parameters, gradients, and of what is on its way to the gradients).
+
+    A matrix's gradient is made in the products' dtype, and one process with one micro-step leaves it so. Sums and averages are
+    float32. zero1 has the masters of its own rows and, where nothing is added up and copy engines bring them, those rows'
+    averages; embeddings and head, float32 from the start, are averaged where they lie, and what a collective averages is whole.
+    """
+    n, matrices, accumulates = count_parameters(cfg.model).total, rounded_elements(cfg.model, width), adds_up(cfg, ranks)
+    made = 4 * (n - matrices) + width * matrices
+    own = 4 * (n - matrices) + 4 * matrices // ranks
+    if ranks == 1:
+        return 4 * n, 4 * n if accumulates else made, made * accumulates
+    few = strategy == "zero1" and not accumulates and ring_bytes(cfg, strategy, ranks) > 0
+    return own if strategy == "zero1" else 4 * n, own if few else 4 * n, width * unit_parameters(cfg.model)
 
 
 def settled(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Config:
@@ -85,7 +106,7 @@ def settled(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Con
     wanted = cfg.parallel.fsdp_accumulate_whole
     if wanted is None:
         wanted = predict_memory(whole, dtype, "fsdp", ranks).peak <= USABLE * memory_gib * GIB
-    return whole if wanted and cfg.data.gradient_accumulation_steps > ranks else reduced
+    return whole if wanted and adds_up(cfg, ranks) else reduced
 
 
 def first_that_fits(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Strategy | None:
@@ -120,7 +141,8 @@ def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
     largest = m.n_embd * max(m.vocab_size, up_width(m), (m.n_head + 2 * m.kv_heads) * m.head_dim)
     if strategy == "fsdp":
         largest = largest_unit(cfg)
-    return (ranks + (strategy == "fsdp")) * min(RING_BYTES, 16 * largest // ranks)  # fsdp has one for what it gathers as well
+    more = {"ddp": 2, "zero1": 0, "fsdp": 1}[strategy]  # for the averages, which all fetch; for what is gathered
+    return (ranks + more) * min(RING_BYTES, 16 * largest // ranks)
 
 
 def bytes_of(dtype: Precision) -> int:
@@ -133,11 +155,14 @@ def up_width(m: ModelConfig) -> int:
     return 2 * m.ffn_hidden if m.ffn_type == "swiglu" else m.ffn_hidden
 
 
-def weight_copies(m: ModelConfig, width: int) -> int:
-    """Autocast's copies, which the backward pass uses again; a block that is computed again makes them again."""
-    if width == 4:
-        return 0
-    return width * (m.vocab_size * m.n_embd if m.gradient_checkpointing else count_parameters(m).matmul)
+def rounded_elements(m: ModelConfig, width: int) -> int:
+    """Of the blocks' matrices where products are narrower than float32: parameters in that dtype, beside float32 masters."""
+    return 0 if width == 4 else count_parameters(m).matmul - m.vocab_size * m.n_embd
+
+
+def head_copy(m: ModelConfig, width: int) -> int:
+    """Bytes of autocast's copy of the head's weight, tied or not, which the backward pass uses again."""
+    return 0 if width == 4 else width * m.vocab_size * m.n_embd
 
 
 def fsdp_in_flight(cfg: Config, width: int, keeps: bool) -> tuple[int, int]:

@@ -41,9 +41,12 @@ def learning_rate(step: int, cfg: OptimConfig) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[torch.Tensor], cfg: OptimConfig, adamw: Callable[..., torch.optim.AdamW]
+    parameters: Iterable[torch.Tensor],
+    cfg: OptimConfig,
+    adamw: Callable[..., torch.optim.AdamW],
+    rounded: Mapping[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.optim.AdamW:
-    """`adamw`, called as torch.optim.AdamW is, with its state in place.
+    """`adamw` of kernels/, with its state in place; `rounded` has what it is to write of a parameter in another dtype.
 
     Matrices and embeddings decay, vectors (norms, biases) do not. Of a parameter that is shared out among ranks it is given
     this rank's rows.
@@ -52,7 +55,7 @@ def build_optimizer(
     matrices, vectors = [p for p in tensors if p.dim() >= 2], [p for p in tensors if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    optimizer = adamw(groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
+    optimizer = adamw(groups, rounded=rounded, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     for p in tensors:  # made now and not in the first step, so that a checkpoint always finds the same tensors
         state = optimizer.state[p]
         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -109,7 +112,7 @@ def update(
     """
     own = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     whole = gradients or Gradients(own, sum(g.numel() for g in own))
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(whole.tensors)))
+    norm = torch.linalg.vector_norm(torch.stack(norms(whole.tensors)))
     if whole.total is not None:
         norm = whole.total(norm.square()).sqrt()
     norm = norm / scale
@@ -122,6 +125,14 @@ def update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return Update(norm, overflow, moments)
+
+
+def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Each one's, as float32 scalars; in one launch for each dtype."""
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    return [norm for alike in by_dtype.values() for norm in torch._foreach_norm(alike, 2, torch.float32)]
 
 
 def gradient_moments(gradients: Gradients, norm: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

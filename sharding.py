@@ -1,12 +1,16 @@
 """How parameters, gradients and AdamW's state lie on the ranks: a `Layout` for one process, and one each for ddp, zero1, fsdp.
 
-             parameters   gradients   AdamW's state
+             parameters   gradients   masters and AdamW's state
     ddp      all          all         all
     zero1    all          all         own rows         (Rajbhandari et al. 2020, ZeRO stage 1)
     fsdp     own rows     own rows    own rows         (PyTorch's fully_shard; between the steps)
 
 Of a tensor with R rows rank r of N owns rows [r c, (r + 1) c) with c = ceil(R / N), as torch.chunk cuts it. Everything else
 follows from `Part`: the optimizer works on the parts alone, and a checkpoint is made of them.
+
+Where products run in another dtype than float32, a block's matrices are parameters in that dtype, and the optimizer updates
+float32 masters of them (Micikevicius et al. 2018, section 3.1). Every value is what autocast would make of float32 parameters,
+but it is rounded once a step and not in each micro-step, and a gradient that is not added to stays as the product has made it.
 """
 
 from __future__ import annotations
@@ -32,12 +36,13 @@ from precision import dtype_name
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank updates of a parameter: `rows`, a plain tensor that shares the parameter's memory."""
+    """What this rank updates of a parameter: `rows`, a plain float32 tensor, in the parameter's memory if that is float32 too."""
 
     parameter: nn.Parameter
     rows: Tensor
     first_row: int  # of the whole parameter
     copies: int  # ranks that hold these same rows
+    rounded: Tensor | None = None  # these rows of a parameter that is not float32
 
 
 def put_rows(parameter: Tensor, values: Tensor) -> None:
@@ -64,6 +69,7 @@ class Layout:
         self.ranks, self.cfg, self.dtype, self.exchange_by = ranks, cfg, dtype, exchange_by
         self.parts: dict[str, Part] = {}
         self.uncounted_bytes = 0  # of the GPU's memory, which the allocator does not count
+        self._is_last, self._adds = False, False  # of a micro-step: whether it ends the step, and whether there are others
 
     def shard(self, model: nn.Module) -> None:
         """Before the model, which is on the meta device, has storage."""
@@ -71,22 +77,65 @@ class Layout:
     def attach(self, model: nn.Module) -> None:
         """When the model has its values: sets `parts`."""
         self.model = model
-        self.parts = {name: self.part_of(p) for name, p in model.named_parameters()}
+        masters = self.round_products()
+        self.share(list(model.parameters()))
+        self.parts = {name: self.part_of(p, masters.pop(p, p)) for name, p in model.named_parameters()}
         self.n_elements = sum(p.numel() for p in model.parameters())
 
-    def part_of(self, parameter: nn.Parameter) -> Part:
-        return Part(parameter, parameter, 0, self.ranks.world_size)
+    def round_products(self) -> dict[Tensor, Tensor]:
+        """Turns the blocks' matrices into the arithmetic's dtype: their float32 values, by parameter. FP8 rounds its own."""
+        if self.dtype == torch.float32:
+            return {}
+        linears = [m for unit in self.model.shard_units() for m in unit.modules() if type(m) is nn.Linear]
+        masters = {linear.weight: linear.weight.detach() for linear in linears}
+        for p in masters:
+            p.data = p.detach().to(self.dtype)
+            p.grad_dtype = None  # any: its own, or float32 where micro-steps are added up
+            p.register_post_accumulate_grad_hook(self.on_gradient)
+        return masters
+
+    def share(self, parameters: list[nn.Parameter]) -> None:
+        """Prepares what the ranks exchange of these."""
+
+    def part_of(self, parameter: nn.Parameter, values: Tensor) -> Part:
+        """`values`: the parameter, or its master."""
+        return Part(parameter, values, 0, self.ranks.world_size, None if values is parameter else parameter.detach())
 
     @property
     def rows(self) -> dict[Tensor, Tensor]:
         """What this rank updates, by parameter."""
         return {part.parameter: part.rows for part in self.parts.values()}
 
-    def begin(self, is_last: bool) -> None:
-        """Before the forward pass of a micro-step; gradients are exchanged in the backward pass of the last one."""
+    @property
+    def rounded(self) -> dict[Tensor, Tensor]:
+        """What the optimizer writes beside the rows that it updates, by these."""
+        return {part.rows: part.rounded for part in self.parts.values() if part.rounded is not None}
+
+    def put(self, parameter: Tensor, values: Tensor) -> None:
+        """New values for a parameter, (whole shape), of which this rank keeps its rows. `round` follows."""
+        part = next(part for part in self.parts.values() if part.parameter is parameter)
+        part.rows.detach().copy_(values[part.first_row : part.first_row + len(part.rows)])
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """When the parts have got values in another way than by the optimizer: brings them to all who read them."""
+        for rows, rounded in self.rounded.items():
+            rounded.copy_(rows)
+        self.finish()
+
+    def begin(self, number: int, micro_steps: int) -> None:
+        """Before the forward pass of a step's micro-step, from 1; gradients are exchanged in the backward pass of the last."""
+        self._is_last, self._adds = number == micro_steps, micro_steps > 1
+
+    def on_gradient(self, parameter: Tensor) -> None:
+        """When a micro-step has added to a matrix's `.grad`, or made it: then in the parameter's dtype."""
+        if self._adds and parameter.grad.dtype != torch.float32:
+            parameter.grad = parameter.grad.float()
 
     def gradients(self) -> Gradients:
         """After the last backward pass: the gradient averaged over the ranks. Every part's rows then have their `.grad`."""
+        for part in self.parts.values():
+            hand_over(part.parameter, part.rows)
         return Gradients([part.rows.grad for part in self.parts.values()], self.n_elements)
 
     def finish(self) -> None:
@@ -100,6 +149,12 @@ class Layout:
         return []
 
 
+def hand_over(parameter: Tensor, rows: Tensor) -> None:
+    """The gradient, of any dtype, from a parameter to its master."""
+    if rows is not parameter:
+        rows.grad_dtype, rows.grad, parameter.grad = None, parameter.grad, None
+
+
 class DataParallel(Layout):
     """ddp: a gradient is averaged over the ranks while the backward pass goes on with the next.
 
@@ -110,26 +165,22 @@ class DataParallel(Layout):
     name = "ddp"
     everywhere = True  # each rank wants the average of all rows
 
-    def attach(self, model: nn.Module) -> None:
-        matrices = [p for p in model.parameters() if p.ndim > 1]
+    def share(self, parameters: list[nn.Parameter]) -> None:
+        matrices, self.vectors = ([p for p in parameters if (p.ndim > 1) is wanted] for wanted in (True, False))
         if self.exchange_by == "copies":
             largest_share = max(share_of([p], self.ranks.world_size) for p in matrices)
-            self.exchange = Copies(self.ranks, largest_share, at_home=[] if self.everywhere else matrices)
+            self.exchange = Copies(self.ranks, largest_share, self.everywhere, at_home=[] if self.everywhere else matrices)
             self.uncounted_bytes = self.exchange.peers.uncounted_bytes
         else:
             self.exchange = Collectives(self.ranks)
-        super().attach(model)
-        self.vectors = [p for p in model.parameters() if p.ndim < 2]
-        self._is_last = False
+        self._means: dict[Tensor, Tensor] = {}  # of a step, by matrix
         for p in matrices:
-            p.register_post_accumulate_grad_hook(self._on_gradient)
+            p.register_post_accumulate_grad_hook(self._exchange_gradient)
 
-    def begin(self, is_last: bool) -> None:
-        self._is_last = is_last
-
-    def _on_gradient(self, parameter: Tensor) -> None:
+    def _exchange_gradient(self, parameter: Tensor) -> None:
         if self._is_last:
-            self.exchange.average(parameter.grad, self.everywhere)
+            self._means[parameter] = self.exchange.average(parameter.grad, self.everywhere)
+            parameter.grad = None
 
     def gradients(self) -> Gradients:
         vectors = [p.grad for p in self.vectors]
@@ -137,7 +188,12 @@ class DataParallel(Layout):
             flat = self.ranks.sum_(torch.cat([v.flatten() for v in vectors])) / self.ranks.world_size
             torch._foreach_copy_(vectors, list(flat.split([v.numel() for v in vectors])))  # vectors have one dimension
         self.exchange.finish_averages()
-        own = [self.own_rows_of(part.parameter.grad) for part in self.parts.values() if part.parameter.ndim > 1]
+        own, matrices = [], [part for part in self.parts.values() if part.parameter.ndim > 1]
+        for part in matrices:
+            mean = self._means.pop(part.parameter)
+            own.append(self.own_rows_of(mean) if self.everywhere else mean)
+            if len(part.rows):  # AdamW passes over what has no gradient
+                part.rows.grad = mean
         counted = [rows for rows in own if len(rows)] + (vectors if self.ranks.is_main else [])
         return Gradients(counted, self.n_elements, self.ranks.sum_)
 
@@ -175,22 +231,17 @@ class Zero1(DataParallel):
     def marker_lines(self) -> list[str]:
         return ["Using ZeRO-1 optimizer state sharding"]
 
-    def part_of(self, parameter: nn.Parameter) -> Part:
+    def part_of(self, parameter: nn.Parameter, values: Tensor) -> Part:
         if parameter.ndim < 2:
-            return super().part_of(parameter)
+            return super().part_of(parameter, values)
         first, _ = own_rows(len(parameter), self.ranks.rank, self.ranks.world_size)
-        return Part(parameter, self.own_rows_of(parameter.detach()), first, 1)
-
-    def gradients(self) -> Gradients:
-        gradients = super().gradients()
-        for _, part in self._sharded:
-            if len(part.rows):  # AdamW passes over what has no gradient
-                part.rows.grad = self.own_rows_of(part.parameter.grad)
-        return gradients
+        rows, rounded = self.own_rows_of(values.detach()), None
+        if values is not parameter:
+            rows, rounded = rows.clone(), self.own_rows_of(parameter.detach())
+        return Part(parameter, rows, first, 1, rounded)
 
     def finish(self) -> None:
         for reader, part in self._sharded:
-            part.parameter.grad = None
             self._waits.setdefault(reader, []).append(self.exchange.spread(part.parameter.detach()))
 
     def _wait_for(self, reader: nn.Module) -> None:
@@ -256,7 +307,7 @@ class FullyShard(Layout):
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self._sharing = mesh.get_group(mesh.ndim - 1)
         if self.exchange_by == "copies":
-            copies = Copies(self.ranks, largest_share, gathers=True)
+            copies = Copies(self.ranks, largest_share, everywhere=False, gathers=True)
             self.uncounted_bytes = copies.peers.uncounted_bytes
             for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
                 unit.set_custom_all_gather(GatherByCopies(copies))
@@ -271,13 +322,16 @@ class FullyShard(Layout):
         model.reshard()
         super().attach(model)
 
-    def part_of(self, parameter: nn.Parameter) -> Part:
+    def round_products(self) -> dict[Tensor, Tensor]:
+        return {}  # fully_shard rounds what it gathers
+
+    def part_of(self, parameter: nn.Parameter, values: Tensor) -> Part:
         assert isinstance(parameter, DTensor), "fully_shard leaves no parameter out"
         copies = parameter.device_mesh.size() // parameter.device_mesh.size(parameter.device_mesh.ndim - 1)
         return Part(parameter, parameter.detach().to_local(), first_row_of(parameter), copies)
 
-    def begin(self, is_last: bool) -> None:
-        exchange = is_last or not self.cfg.fsdp_accumulate_whole
+    def begin(self, number: int, micro_steps: int) -> None:
+        exchange = number == micro_steps or not self.cfg.fsdp_accumulate_whole
         self.model.set_requires_gradient_sync(exchange)
         self.model.set_reshard_after_backward(exchange)  # until then weights stay gathered
 

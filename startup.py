@@ -51,7 +51,7 @@ from plan import LAW, three_digits
 from precision import LossScale, autocast
 from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
-from sharding import Layout, put_rows
+from sharding import Layout
 from training_logger import TrainingLogger, new_run_name
 
 
@@ -162,7 +162,7 @@ class TrainState:
             elif name not in pieces or pieces[name].shape != tuple(saved[name].size):
                 pieces[name] = Piece.whole(torch.empty(saved[name].size, dtype=saved[name].properties.dtype))
         checkpoint.load(pieces)
-        self.layout.finish()
+        self.layout.round()
         self.fp8.set_scales()
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
@@ -174,7 +174,8 @@ def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretra
     if checkpoint:
         state.restore(checkpoint)
     elif pretrained:
-        load_weights(state.model, pretrained, put_rows)
+        load_weights(state.model, pretrained, state.layout.put)
+        state.layout.round()
 
 
 def launch_id() -> str | None:

@@ -68,7 +68,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     fp8.attach(ranks.device, ranks.table, layout.weights_arrive, layout.rows)
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
-    optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
+    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
 
     # 5. Resume: everything that moves is tracked by one object, so everything is restored.
     run_name = startup.run_name_of(cfg, checkpoint, ranks)
@@ -161,7 +161,7 @@ def train_step(run: Run) -> None:
     loss = torch.zeros((), device=device)
     state.fp8.begin_step()
     for number, (x, y) in enumerate(run.loader.step(), 1):  # (B, T) each, equally long: the mean of their means is the mean
-        layout.begin(is_last=number == micro_steps)
+        layout.begin(number, micro_steps)
         loss += run.micro_step(x, y)
     run.readback.mark()
     overdue = 0 < cfg.checkpoint.checkpoint_minutes <= (time.monotonic() - run.saved_s) / 60

@@ -65,7 +65,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     fp8.attach(device, ranks.table, layout.weights_arrive, layout.rows)
     counted_bytes = allocated() - start_bytes
     parameter_bytes = counted_bytes + layout.uncounted_bytes  # with what the exchange keeps for itself
-    optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, ops.AdamW)
+    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
     optimizer_bytes = allocated() - start_bytes - counted_bytes
     state = TrainState(model, layout, optimizer, LossScale(dtype, device), fp8, ranks, run_name="")
     micro_step = build_micro_step(compile_model(model, cfg, dtype, ranks, lambda line: None), state, cfg, dtype)
@@ -76,10 +76,11 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
         nonlocal gradient_bytes
         fp8.begin_step()
         for number in range(1, micro_steps + 1):
-            layout.begin(is_last=number == micro_steps)
+            layout.begin(number, micro_steps)
             micro_step(idx[0], idx[1])
         gradients = layout.gradients()
-        gradient_bytes = gradient_bytes or sum(getattr(p.grad, "_local_tensor", p.grad).nbytes for p in model.parameters())
+        held = [rows.grad.untyped_storage() for rows in layout.rows.values() if rows.grad is not None]
+        gradient_bytes = gradient_bytes or sum({memory.data_ptr(): memory.nbytes() for memory in held}.values())
         update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
         fp8.finish_step()
         layout.finish()

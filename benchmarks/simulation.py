@@ -66,6 +66,7 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from kernels import REFERENCE
     from memory import predict_memory
     from model import Transformer
     from optim import build_optimizer
@@ -88,21 +89,21 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
         with unset_fake_temporarily():  # a mesh of ranks is made of real numbers
             layout.shard(model)
         layout.attach(model)
-        optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, torch.optim.AdamW)
+        optimizer = build_optimizer(layout.rows.values(), cfg.optim, REFERENCE.AdamW, layout.rounded)
         idx = torch.zeros(cfg.data.batch_size, cfg.model.block_size, dtype=torch.int64)
         with count_traffic(sent):
             for number in range(1, micro_steps + 1):
-                layout.begin(is_last=number == micro_steps)
+                layout.begin(number, micro_steps)
                 with autocast(ranks.device, dtype):
                     loss = model(idx, idx)
                 loss.backward()
             layout.gradients()
-            gradients = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
+            gradients = [rows.grad.untyped_storage() for rows in layout.rows.values() if rows.grad is not None]
             layout.finish()
             layout.settle()
         held = {
-            "parameters": sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters()),
-            "gradients": sum(g.nbytes for g in gradients),
+            "parameters": sum(getattr(p, "_local_tensor", p).nbytes for p in [*model.parameters(), *layout.rounded]),
+            "gradients": sum({memory._cdata: memory.nbytes() for memory in gradients}.values()),
             "optimizer": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         }
     held["peak"] = predict_memory(cfg, "bfloat16", strategy, n_ranks).peak

@@ -42,15 +42,20 @@ def nanotrain(cfg: Config, _: str) -> Step:
     from micro_step import GraphedMicroStep
     from model import build_model
     from optim import build_optimizer, update
+    from parallel import Ranks
     from precision import LossScale, autocast
+    from sharding import Layout
 
     device = torch.device("cuda", 0)
     ops = kernels.choose(vars(cfg.kernels), "cuda")[0]
     fp8, notes = choose_fp8(cfg, device, torch.bfloat16, ops)
     print(*notes, sep="\n")
     model = build_model(cfg.model, device, cfg.run.seed, ops, fp8.convert)
+    layout = Layout(Ranks(0, 1, device), cfg.parallel, torch.bfloat16)
+    layout.attach(model)
     fp8.attach(device, lambda figures, _: figures[None])
-    optimizer, scale = build_optimizer(model.parameters(), cfg.optim, ops.AdamW), LossScale(torch.bfloat16, device)
+    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
+    scale = LossScale(torch.bfloat16, device)
     forward = torch.compile(model)
 
     def micro_step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -66,8 +71,9 @@ def nanotrain(cfg: Config, _: str) -> Step:
 
     def step(idx: torch.Tensor, targets: torch.Tensor) -> None:
         fp8.begin_step()
+        layout.begin(1, micro_steps=1)
         graphed(idx, targets)
-        update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, with_moments=False)
+        update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, False, layout.gradients())
         fp8.finish_step()
 
     return step

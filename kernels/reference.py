@@ -5,8 +5,8 @@ Each one computes in float32 whatever its inputs are and returns its input's dty
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Reduction = Literal["mean", "sum"]
-AdamW = partial(torch.optim.AdamW, fused=True)
 FP8_BLOCK = 128  # elements that share a scale where a tensor has many
 
 
@@ -29,6 +28,27 @@ class Quantized(NamedTuple):
     rows_inverse: Tensor
     columns: Tensor  # (K, M)
     columns_inverse: Tensor
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's fused one. `rounded`: by parameter a tensor of another dtype that follows it; gradients may have that dtype too.
+
+    What a GradScaler would give stands in `grad_scale` and `found_inf`, tensors or None.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], rounded: Mapping[Tensor, Tensor] | None = None, **options: Any) -> None:
+        super().__init__(groups, fused=True, **options)
+        self.grad_scale = self.found_inf = None
+        self.rounded = dict(rounded or {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and p.grad.dtype != p.dtype:
+                p.grad = p.grad.to(p.dtype)
+        super().step()
+        if self.rounded:
+            torch._foreach_copy_(list(self.rounded.values()), list(self.rounded))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

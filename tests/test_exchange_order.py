@@ -21,8 +21,9 @@ import exchange
 from exchange import Copies, Ring, own_rows
 
 SHAPES = [(27, 48), (48, 5), (3, 7), (1, 1), (200, 33), (64, 8), (64, 8)]
-PIECE = 50
+PIECE = 200  # bytes
 STEPS = 3
+FLOAT32, BFLOAT16, UINT8 = (SimpleNamespace(itemsize=size) for size in (4, 2, 1))
 
 
 class Trace:
@@ -94,33 +95,43 @@ class Stream:
 
 
 class Memory:
-    """A tensor of (end - start,) elements, or (rows, ...) of `width` elements, without any."""
+    """The bytes from start to end as a tensor, of rows of `width` elements or (0) of elements, which has no values."""
 
-    def __init__(self, trace: Trace, name: Any, start: int, end: int, width: int = 1) -> None:
-        self.trace, self.name, self.start, self.end, self.width = trace, name, start, end, width
+    def __init__(self, trace: Trace, name: Any, start: int, end: int, width: int = 0, dtype: Any = FLOAT32) -> None:
+        self.trace, self.name, self.start, self.end, self.width, self.dtype = trace, name, start, end, width, dtype
+        self.itemsize = dtype.itemsize
+        self.row_bytes = max(width, 1) * dtype.itemsize
 
     def __len__(self) -> int:
-        return (self.end - self.start) // self.width
+        return (self.end - self.start) // self.row_bytes
+
+    def part(self, first: int, end: int, width: int) -> Memory:
+        start = self.start + first * self.row_bytes
+        return Memory(self.trace, self.name, start, start + max(0, end - first) * self.row_bytes, width, self.dtype)
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, tuple):  # [:, :n] of rows, which `reduce` gets
             return [row[key[1]] for row in self]
         if isinstance(key, int):
-            return Memory(self.trace, self.name, self.start + key * self.width, self.start + (key + 1) * self.width)
+            return self.part(key, key + 1, 0)
         first, end, _ = key.indices(len(self))
-        start = self.start + first * self.width
-        return Memory(self.trace, self.name, start, start + max(0, end - first) * self.width, self.width)
+        return self.part(first, end, self.width)
 
     def __iter__(self) -> Any:
         return (self[row] for row in range(len(self)))
 
     def view(self, *shape: Any) -> Memory:
         if not isinstance(shape[0], int):  # another dtype
-            return self
-        return Memory(self.trace, self.name, self.start, self.end, 1 if shape == (-1,) else (self.end - self.start) // shape[0])
+            width = self.row_bytes // shape[0].itemsize if self.width else 0
+            return Memory(self.trace, self.name, self.start, self.end, width, shape[0])
+        width = 0 if shape == (-1,) else self.numel() // shape[0]
+        return Memory(self.trace, self.name, self.start, self.end, width, self.dtype)
 
     def numel(self) -> int:
-        return self.end - self.start
+        return (self.end - self.start) // self.itemsize
+
+    def record_stream(self, stream: Stream) -> None:
+        """`TracedRank.update` gives the memory to others."""
 
     def data_ptr(self) -> Any:
         return self.name, self.start
@@ -147,14 +158,13 @@ class TracedPeers:
 def traced_copies(trace: Trace, rank: int, n: int) -> Copies:
     copies = Copies.__new__(Copies)
     copies.me, copies.n, copies.others = rank, n, [(rank + k) % n for k in range(1, n)]
-    largest_share = max(-(-rows // n) * width for rows, width in SHAPES)
-    own = exchange.RING_PIECES * min(PIECE, largest_share)
-    copies.averages, copies.gathers, copies.peers = Ring(n * own), Ring(4 * own), TracedPeers(trace, rank, n)
-    copies.arriving = [Memory(trace, ("arriving", each), 0, n * own) for each in range(n)]
-    copies.offered = [Memory(trace, ("offered", each), 0, 4 * own) for each in range(n)]
+    own = exchange.RING_PIECES * exchange.aligned(PIECE)
+    copies.averages, copies.gathers, copies.peers = Ring((n + 2) * own), Ring(own), TracedPeers(trace, rank, n)
+    copies.arriving = [Memory(trace, ("arriving", each), 0, (n + 2) * own, 0, UINT8) for each in range(n)]
+    copies.offered = [Memory(trace, ("offered", each), 0, own, 0, UINT8) for each in range(n)]
     copies.outgoing, copies.incoming, copies.n_spread, copies.homes = Stream(trace), Stream(trace), 0, {}
     for number, (rows, width) in enumerate(SHAPES):
-        homes = [Memory(trace, ("home", number, each), 0, rows * width, width) for each in range(n)]
+        homes = [Memory(trace, ("home", number, each), 0, 4 * rows * width, width) for each in range(n)]
         copies.homes[homes[rank].data_ptr()] = homes
     return copies
 
@@ -162,18 +172,20 @@ def traced_copies(trace: Trace, rank: int, n: int) -> Copies:
 class TracedRank:
     """What a rank does in a step, as sharding.py has it done; `main` is the stream that computes."""
 
-    def __init__(self, trace: Trace, rank: int, n: int) -> None:
+    def __init__(self, trace: Trace, rank: int, n: int, dtype: Any) -> None:
         self.trace, self.rank, self.n, self.copies = trace, rank, n, traced_copies(trace, rank, n)
         self.main, self.gathering, self.reducing = Stream(trace), Stream(trace), Stream(trace)
         self.weights = [homes[rank] for homes in self.copies.homes.values()]
         self.gradients = [
-            Memory(trace, ("gradient", number, rank), 0, rows * width, width) for number, (rows, width) in enumerate(SHAPES)
+            Memory(trace, ("gradient", number, rank), 0, rows * width * dtype.itemsize, width, dtype)
+            for number, (rows, width) in enumerate(SHAPES)
         ]
+        self.means: list[Memory] = []
 
     def backward(self, everywhere: bool) -> None:
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             self.trace.operation((weight,), (gradient,))
-            self.copies.average(gradient, everywhere)
+            self.means.append(self.copies.average(gradient, everywhere))
         self.copies.finish_averages()
 
     def own(self, tensor: Memory) -> Memory:
@@ -182,8 +194,9 @@ class TracedRank:
 
     def update(self, everywhere: bool) -> None:
         part = (lambda tensor: tensor) if everywhere else self.own
-        self.trace.operation(tuple(map(part, self.gradients)), tuple(map(part, self.weights)))
-        self.trace.operation((), tuple(self.gradients))  # their memory is another's now
+        self.trace.operation(tuple(self.means), tuple(map(part, self.weights)))
+        self.trace.operation((), (*self.gradients, *self.means))  # their memory is another's now
+        self.means.clear()
 
     def spread(self) -> None:
         for wait in [self.copies.spread(weight) for weight in self.weights]:
@@ -193,19 +206,19 @@ class TracedRank:
     def fsdp_step(self) -> None:
         for number, (rows, width) in enumerate(SHAPES):
             share = own_rows(rows, 0, self.n)[1] * width
-            whole = Memory(self.trace, ("whole", number, self.rank), 0, self.n * share)
+            whole = Memory(self.trace, ("whole", number, self.rank), 0, 4 * self.n * share)
             with self.trace.stream(self.gathering):
                 self.trace.operation((), (whole[self.rank * share : (self.rank + 1) * share],))
                 self.copies.gather(whole, whole[self.rank * share : (self.rank + 1) * share])
             self.main.wait_stream(self.gathering)
             self.trace.operation((whole,))
             self.gathering.wait_stream(self.main)
-            reduced = Memory(self.trace, ("reduced", number % 2, self.rank), 0, self.n * share)
+            reduced = Memory(self.trace, ("reduced", number % 2, self.rank), 0, 4 * self.n * share)
             self.main.wait_stream(self.reducing)
             self.trace.operation((), (reduced,))
             self.reducing.wait_stream(self.main)
             with self.trace.stream(self.reducing):
-                self.copies.reduce_scatter(Memory(self.trace, ("shard", number, self.rank), 0, share), reduced, None)
+                self.copies.reduce_scatter(Memory(self.trace, ("shard", number, self.rank), 0, 4 * share), reduced, None)
 
 
 def all_reduce(trace: Trace, ranks: list[TracedRank]) -> None:
@@ -219,16 +232,23 @@ def all_reduce(trace: Trace, ranks: list[TracedRank]) -> None:
         trace.before[trace.operation()] += arrived
 
 
-def races(strategy: str, n: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    trace = Trace()
+def races(strategy: str, n: int, monkeypatch: pytest.MonkeyPatch, dtype: Any = FLOAT32) -> list[Any]:
+    """`dtype`: of the gradients; their averages are float32."""
+    trace, numbers = Trace(), itertools.count()
 
-    def reduce(rows: list[Memory], dim: int, out: Memory) -> None:
+    def reduce(rows: list[Memory], dim: int, dtype: Any, out: Memory) -> None:
+        assert {len(row) for row in rows} == {len(out)} and dtype is out.dtype is FLOAT32
         trace.operation(tuple(rows), (out,))
 
+    def empty_like(other: Memory, dtype: Any) -> Memory:
+        return Memory(trace, ("mean", next(numbers)), 0, other.numel() * dtype.itemsize, other.width, dtype)
+
     cuda = SimpleNamespace(stream=trace.stream, current_stream=lambda: trace.current)
-    monkeypatch.setattr(exchange, "torch", SimpleNamespace(cuda=cuda, uint8="uint8", mean=reduce, sum=reduce))
+    traced = SimpleNamespace(cuda=cuda, uint8=UINT8, float32=FLOAT32, empty_like=empty_like, mean=reduce, sum=reduce)
+    monkeypatch.setattr(exchange, "torch", traced)
     monkeypatch.setattr(exchange, "PIECE", PIECE)
-    ranks = [TracedRank(trace, rank, n) for rank in range(n)]
+    monkeypatch.setattr(exchange, "ALIGNMENT", 4)  # so that places lie across each other
+    ranks = [TracedRank(trace, rank, n, dtype) for rank in range(n)]
 
     def on_all(do: Callable[[TracedRank], None]) -> None:
         for rank in ranks:
@@ -249,9 +269,11 @@ def races(strategy: str, n: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-@pytest.mark.parametrize("strategy", ["ddp", "zero1", "fsdp"])
-def test_nothing_is_left_to_chance(strategy: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert races(strategy, n, monkeypatch) == []
+@pytest.mark.parametrize(
+    ("strategy", "dtype"), [("ddp", FLOAT32), ("zero1", FLOAT32), ("ddp", BFLOAT16), ("zero1", BFLOAT16), ("fsdp", FLOAT32)]
+)
+def test_nothing_is_left_to_chance(strategy: str, dtype: Any, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert races(strategy, n, monkeypatch, dtype) == []
 
 
 def without_own_signal(self: TracedPeers, channel: int, value: int) -> None:

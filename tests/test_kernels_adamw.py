@@ -137,3 +137,43 @@ def test_other_tensors_are_left_to_pytorch(kind: str, monkeypatch: pytest.Monkey
         optimizer.step()
     tolerance = 2e-2 if kind == "bfloat16" else 2e-6
     torch.testing.assert_close(everything(ours), everything(theirs), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_what_follows_in_another_dtype_is_the_parameter_rounded(dtype: torch.dtype) -> None:
+    """Some parameters have a copy, some of these a gradient in its dtype: the update is that of the same values in float32."""
+    ours, theirs = optimizers(*SIZES)
+    followed = all_of(ours)[::2]
+    ours.rounded = {p: p.detach().to(dtype) for p in followed}
+    for step in range(3):
+        for optimizer in (ours, theirs):
+            draw_gradients(optimizer, step)
+        for index in (0, 2):
+            mine, other = all_of(ours)[index], all_of(theirs)[index]
+            mine.grad_dtype = None  # any
+            mine.grad = mine.grad.to(dtype)
+            other.grad = mine.grad.float()
+        ours.step()
+        theirs.step()
+        for p, rounded in ours.rounded.items():  # the interpreter cuts bfloat16 off, a GPU rounds
+            tolerance = 2**-7 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0
+            torch.testing.assert_close(rounded, p.detach().to(dtype), rtol=tolerance, atol=0)
+    torch.testing.assert_close(everything(ours), everything(theirs), rtol=2e-6, atol=2e-7)
+    before = copy.deepcopy(list(ours.rounded.values()))
+    ours.found_inf = torch.tensor(1.0, device=DEVICE)
+    ours.step()
+    assert all(map(torch.equal, ours.rounded.values(), before))
+
+
+def test_pytorchs_rounds_what_follows_too() -> None:
+    theirs, plain = (optimizers(*SIZES)[1] for _ in range(2))
+    theirs.rounded = {p: p.detach().bfloat16() for p in all_of(theirs)}
+    for optimizer in (theirs, plain):
+        draw_gradients(optimizer, 0)
+    for mine, other in zip(all_of(theirs), all_of(plain), strict=True):
+        mine.grad_dtype, mine.grad = None, mine.grad.bfloat16()
+        other.grad = mine.grad.float()
+    theirs.step()
+    plain.step()
+    assert all(torch.equal(rounded, p.bfloat16()) for p, rounded in theirs.rounded.items())
+    assert all(map(torch.equal, everything(theirs), everything(plain)))

@@ -33,10 +33,10 @@ from exchange import own_rows
 from fp8 import Fp8
 from kernels import REFERENCE
 from model import build_model
-from optim import build_optimizer
+from optim import build_optimizer, optimizer_tensors, update
 from parallel import Ranks, start_ranks
-from precision import LossScale
-from sharding import choose_layout, put_rows
+from precision import LossScale, autocast
+from sharding import Layout, choose_layout, put_rows
 from startup import TrainState
 from tiny_runs import Runs, nothing
 
@@ -109,7 +109,7 @@ def resume_all(argv: list[str]) -> None:
             _, layout, _ = choose_layout(replace(cfg, parallel=replace(cfg.parallel, parallel=strategy)), ranks, torch.float32)
             model = build_model(cfg.model, ranks.device, 0, shard=layout.shard, put=put_rows)
             layout.attach(model)
-            optimizer = build_optimizer((part.rows for part in layout.parts.values()), cfg.optim, REFERENCE.AdamW)
+            optimizer = build_optimizer(layout.rows.values(), cfg.optim, REFERENCE.AdamW, layout.rounded)
             state = TrainState(model, layout, optimizer, LossScale(torch.float32, ranks.device), Fp8(Fp8Config()), ranks, "")
             state.restore(saved)
             layout.settle()
@@ -130,15 +130,65 @@ def test_every_checkpoint_resumes_everywhere(n: int, runs: Runs, saved: dict[tup
     assert output.count(": same") == n * len(saved) * len(STRATEGIES)
 
 
-def test_a_resumed_run_is_the_run(runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_run(dtype: str, runs: Runs) -> None:
     """Bitwise, dropout and all: the random numbers of every rank go on where they were."""
-    flags = [*SHAPE, "--parallel=zero1", "--dropout=0.1"]
-    runs.run_ranks(2, "whole", *flags, "--max_iters=6")
-    runs.run_ranks(2, "parts", *flags, "--max_iters=3")
-    runs.run_ranks(2, "parts", *flags, "--max_iters=6", "--resume=latest")
-    assert runs.losses("parts") == runs.losses("whole")
-    parts, whole = runs.tensors("parts"), runs.tensors("whole")
+    flags = [*SHAPE, "--parallel=zero1", "--dropout=0.1", f"--dtype={dtype}"]
+    runs.run_ranks(2, f"whole-{dtype}", *flags, "--max_iters=6")
+    runs.run_ranks(2, f"parts-{dtype}", *flags, "--max_iters=3")
+    runs.run_ranks(2, f"parts-{dtype}", *flags, "--max_iters=6", "--resume=latest")
+    assert runs.losses(f"parts-{dtype}") == runs.losses(f"whole-{dtype}")
+    parts, whole = runs.tensors(f"parts-{dtype}"), runs.tensors(f"whole-{dtype}")
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert all(tensor.dtype == torch.float32 for tensor in whole.values())
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LLAMA = ["--normalization=rmsnorm", "--ffn_type=swiglu", "--position_encoding=rope", "--weight_tying=False", "--bias=False"]
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("architecture", [["--bias=True"], LLAMA, [*LLAMA, "--gradient_checkpointing"]], ids=str)
+def test_masters_move_as_weights_under_autocast_do(architecture: list[str], micro_steps: int) -> None:
+    """Bitwise, for some steps: losses, weights and AdamW's state. (Clipping has a norm in it, which adds up in another order.)"""
+    cfg = load_config(["config/quickstart.py", *SHAPE, *architecture, "--grad_clip=0", "--dtype=bfloat16"])
+    seen = []
+    for dtype in (torch.float32, torch.bfloat16):  # of the layout: the first has no masters
+        model = build_model(cfg.model, DEVICE, seed=0)
+        layout = Layout(Ranks(0, 1, DEVICE), cfg.parallel, dtype)
+        layout.attach(model)
+        optimizer = build_optimizer(layout.rows.values(), cfg.optim, REFERENCE.AdamW, layout.rounded)
+        generator, losses = torch.Generator().manual_seed(0), []
+        for _ in range(4):
+            for number in range(1, micro_steps + 1):
+                idx = torch.randint(27, (2, 4, cfg.model.block_size), generator=generator).to(DEVICE)
+                layout.begin(number, micro_steps)
+                with autocast(DEVICE, torch.bfloat16):
+                    losses.append(model(idx[0], idx[1]))
+                losses[-1].backward()
+            update(optimizer, cfg.optim, 1e-2, torch.ones((), device=DEVICE), True, layout.gradients())
+            layout.finish()
+        assert all(p.grad is None for p in model.parameters())
+        state = optimizer_tensors({name: part.rows for name, part in layout.parts.items()}, optimizer)
+        seen.append([*losses, *(part.rows for part in layout.parts.values()), *state.values()])
+    assert all(map(torch.equal, *seen))
+    products = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim > 1]
+    assert products and {p.dtype for p in products} == {torch.bfloat16}
+    assert {p.dtype for p in {*model.parameters()} - {*products}} == {torch.float32}
+    assert all(torch.equal(part.parameter, part.rows.to(part.parameter.dtype)) for part in layout.parts.values())
+
+
+def test_values_that_are_put_go_to_masters_and_weights() -> None:
+    cfg = load_config(["config/quickstart.py", *SHAPE])
+    model = build_model(cfg.model, DEVICE, seed=0)
+    expected = {name: p.detach() + 0.001 for name, p in model.named_parameters()}
+    layout = Layout(Ranks(0, 1, DEVICE), cfg.parallel, torch.bfloat16)
+    layout.attach(model)
+    for name, p in model.named_parameters():
+        layout.put(p, expected[name])
+    layout.round()
+    for name, part in layout.parts.items():
+        assert torch.equal(part.rows, expected[name]) and torch.equal(part.parameter, expected[name].to(part.parameter.dtype))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -154,7 +204,7 @@ def test_two_gpus(dtype: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
         runs.run_ranks(2, f"{dtype}-{strategy}", *flags, f"--parallel={strategy}")
     alone, ddp, zero1, fsdp = (list(runs.losses(f"{dtype}-{name}").values()) for name in ("alone", *STRATEGIES))
     assert zero1 == ddp
-    tolerance = 1e-5 if dtype == "float32" else 1e-2  # the learning rate lets differences grow: of the first steps
+    tolerance = 3e-5 if dtype == "float32" else 1e-2  # the learning rate lets differences grow: of the first steps
     assert ddp[:4] == pytest.approx(alone[:4], rel=tolerance) and fsdp[:4] == pytest.approx(alone[:4], rel=tolerance)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{dtype}-ddp", *flags, "--max_iters=8", "--resume=rolling_step_6", f"--parallel={strategy}")
@@ -285,7 +335,10 @@ def test_rows_are_those_of_torch_chunk(n_rows: int, n_shares: int) -> None:
 
 
 def test_simulation_of_1024_ranks(tmp_path: Path) -> None:
-    """The closed forms: 4 bytes of gradients and parameters and 8 of AdamW's state an element; what a ring sends."""
+    """The closed forms: 4 bytes of gradients and parameters and 8 of AdamW's state an element; what a ring sends.
+
+    Blocks' matrices are in bfloat16, with float32 masters: whole ones in ddp, own rows in zero1.
+    """
     sizes = "--n_layer=2 --n_head=16 --n_embd=1024 --vocab_size=1024 --block_size=1024 --batch_size=1 --position_encoding=none"
     path, program = tmp_path / "figures.json", ROOT / "benchmarks" / "simulation.py"
     subprocess.run([sys.executable, program, *sizes.split(), "--ranks=1024", f"--json={path}"], check=True, capture_output=True)
@@ -293,10 +346,12 @@ def test_simulation_of_1024_ranks(tmp_path: Path) -> None:
     assert all(row["bytes_held"].pop("peak") > row["bytes_held"]["parameters"] for row in (ddp, zero1, fsdp))
     matrices, vectors, share = 1024 * 1024 * (2 * 12 + 1), 1024 * 5, 1023 / 1024
     n, scalars = matrices + vectors, 4 * (2 * 6 + 2)  # AdamW counts the steps of each tensor
-    assert ddp["bytes_held"] == {"parameters": 4 * n, "gradients": 4 * n, "optimizer": 8 * n + scalars}
+    products = 1024 * 1024 * 2 * 12
+    assert ddp["bytes_held"] == {"parameters": 4 * n + 2 * products, "gradients": 4 * n, "optimizer": 8 * n + scalars}
+    assert zero1["bytes_held"]["parameters"] == 4 * (n - products + products // 1024) + 2 * products
     assert zero1["bytes_held"]["optimizer"] == 8 * (matrices // 1024 + vectors) + scalars
     assert fsdp["bytes_held"] == {"parameters": 4 * n // 1024, "gradients": 4 * n // 1024, "optimizer": 8 * n // 1024 + scalars}
-    all_reduce, rows = 2 * share * 4 * n, share * 4 * matrices
+    all_reduce, rows = 2 * share * 4 * n, share * (2 * products + 4 * (matrices - products))
     assert list(ddp["bytes_sent"].values()) == [pytest.approx(all_reduce), 0, 0]
     assert list(zero1["bytes_sent"].values()) == [pytest.approx(all_reduce), pytest.approx(rows), 0]
     blocks = n - 1024 * 1024 - 1024  # gathered again for the backward pass; in bfloat16, but gradients are reduced in float32
