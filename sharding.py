@@ -69,7 +69,8 @@ class Layout:
         self.ranks, self.cfg, self.dtype, self.exchange_by = ranks, cfg, dtype, exchange_by
         self.parts: dict[str, Part] = {}
         self.uncounted_bytes = 0  # of the GPU's memory, which the allocator does not count
-        self._is_last, self._adds = False, False  # of a micro-step: whether it ends the step, and whether there are others
+        self._is_first = self._is_last = self._adds = False  # of a micro-step: its place in the step, and whether it has others
+        self._sums: dict[Tensor, Tensor] = {}  # of their gradients, by parameter, where that is not float32
 
     def shard(self, model: nn.Module) -> None:
         """Before the model, which is on the meta device, has storage."""
@@ -90,8 +91,7 @@ class Layout:
         masters = {linear.weight: linear.weight.detach() for linear in linears}
         for p in masters:
             p.data = p.detach().to(self.dtype)
-            p.grad_dtype = None  # any: its own, or float32 where micro-steps are added up
-            p.register_post_accumulate_grad_hook(self.on_gradient)
+            p.register_post_accumulate_grad_hook(self._add_gradient)
         return masters
 
     def share(self, parameters: list[nn.Parameter]) -> None:
@@ -125,17 +125,27 @@ class Layout:
 
     def begin(self, number: int, micro_steps: int) -> None:
         """Before the forward pass of a step's micro-step, from 1; gradients are exchanged in the backward pass of the last."""
-        self._is_last, self._adds = number == micro_steps, micro_steps > 1
+        self._is_first, self._is_last, self._adds = number == 1, number == micro_steps, micro_steps > 1
 
-    def on_gradient(self, parameter: Tensor) -> None:
-        """When a micro-step has added to a matrix's `.grad`, or made it: then in the parameter's dtype."""
-        if self._adds and parameter.grad.dtype != torch.float32:
-            parameter.grad = parameter.grad.float()
+    def _add_gradient(self, parameter: Tensor) -> None:
+        """Where a step has several micro-steps, a rounded parameter's gradients add up beside it, in float32."""
+        if not self._adds:
+            return
+        if parameter not in self._sums:  # which stay where they are: a CUDA graph finds them there
+            self._sums[parameter] = torch.empty_like(parameter, dtype=torch.float32)
+        self.model.ops.accumulate_(self._sums[parameter], parameter.grad, self._is_first)
+        parameter.grad = None
+
+    def take_gradient(self, parameter: Tensor) -> Tensor:
+        """The gradient of the step's micro-steps, which the parameter no longer has."""
+        gradient = self._sums[parameter] if parameter.grad is None else parameter.grad
+        parameter.grad = None
+        return gradient
 
     def gradients(self) -> Gradients:
         """After the last backward pass: the gradient averaged over the ranks. Every part's rows then have their `.grad`."""
         for part in self.parts.values():
-            hand_over(part.parameter, part.rows)
+            give(part.rows, self.take_gradient(part.parameter))
         return Gradients([part.rows.grad for part in self.parts.values()], self.n_elements)
 
     def finish(self) -> None:
@@ -149,10 +159,11 @@ class Layout:
         return []
 
 
-def hand_over(parameter: Tensor, rows: Tensor) -> None:
-    """The gradient, of any dtype, from a parameter to its master."""
-    if rows is not parameter:
-        rows.grad_dtype, rows.grad, parameter.grad = None, parameter.grad, None
+def give(rows: Tensor, gradient: Tensor) -> None:
+    """To what the optimizer updates its gradient, which may be of another dtype."""
+    if gradient.dtype != rows.dtype:
+        rows.grad_dtype = None  # any
+    rows.grad = gradient
 
 
 class DataParallel(Layout):
@@ -179,8 +190,7 @@ class DataParallel(Layout):
 
     def _exchange_gradient(self, parameter: Tensor) -> None:
         if self._is_last:
-            self._means[parameter] = self.exchange.average(parameter.grad, self.everywhere)
-            parameter.grad = None
+            self._means[parameter] = self.exchange.average(self.take_gradient(parameter), self.everywhere)
 
     def gradients(self) -> Gradients:
         vectors = [p.grad for p in self.vectors]

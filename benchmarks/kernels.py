@@ -34,7 +34,7 @@ MAX_ERROR = 1e-2  # of bfloat16: several roundings of 2^-9
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size. Functions take what `inputs` returns; every floating-point tensor of it gets a gradient."""
+    """One operation at one size. Functions take what `inputs` returns; its floating-point tensors get gradients, if at all."""
 
     name: str
     size: str
@@ -44,6 +44,10 @@ class Case:
     gigabytes: dict[str, float]  # by phase: forward, backward, or both together; 0 where the operation is no matter of bytes
     in_place: tuple[str, ...] = ()  # implementations that overwrite their first input
     waiting: tuple[str, ...] = ()  # implementations that wait for the host
+    differentiable: bool = True
+
+    def leaves(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [x.requires_grad_() for x in inputs if x.is_floating_point()] if self.differentiable else []
 
 
 def norm_cases() -> Iterator[Case]:
@@ -154,6 +158,20 @@ def block_cases() -> Iterator[Case]:
     yield Case("rope", f"{B} x {T:,} x 3 x {H} x {D}", inputs, split_float64, functions, phases)
 
 
+def gradient_cases() -> Iterator[Case]:
+    import torch
+
+    from kernels.accumulate import accumulate_
+
+    rows, columns = 12_288, 2304  # full_llama_1.36b.py's gate and up projection
+    functions = {"eager": lambda total, g: total.add_(g), "ours": lambda total, g: accumulate_(total, g, False) or total}
+    inputs = lambda: [torch.randn(rows, columns, device="cuda"), normal(rows, columns)]  # noqa: E731
+    yield Case(
+        "accumulate", f"{rows:,} x {columns:,}", inputs, torch.add, functions, {"forward": rows * columns * 10 / 1e9},
+        in_place=("eager", "torch.compile", "ours"), differentiable=False,
+    )  # fmt: skip
+
+
 def liger(name: str) -> dict[str, Callable[..., object]]:
     """liger-kernel's function for the operation, where it is installed and has one."""
     if not importlib.util.find_spec("liger_kernel"):
@@ -196,23 +214,22 @@ def as_tuple(result: object) -> tuple[Tensor, ...]:
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
-def differentiable(inputs: list[Tensor]) -> list[Tensor]:
-    return [x.requires_grad_() for x in inputs if x.is_floating_point()]
-
-
 def error(case: Case, function: Callable[..., object]) -> float:
     """The largest relative error of an output or a gradient."""
     import torch
 
     inputs = case.inputs()
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
-    wanted = differentiable(exact)
-    outputs = as_tuple(case.exact(*exact))
-    upstream = [normal(*y.shape) if y.ndim else torch.ones((), device="cuda") for y in outputs]
-    truth = [*outputs, *torch.autograd.grad(outputs, wanted, [dy.double() for dy in upstream])]
-    leaves = differentiable(inputs)
+    wanted = case.leaves(exact)
+    truth = [*as_tuple(case.exact(*exact))]
+    upstream = [normal(*y.shape) if y.ndim else torch.ones((), device="cuda") for y in truth]
+    if wanted:
+        truth += torch.autograd.grad(truth, wanted, [dy.double() for dy in upstream])
+    leaves = case.leaves(inputs)
     outputs = as_tuple(function(*inputs))
-    got = [*(y.detach().clone() for y in outputs), *torch.autograd.grad(outputs, leaves, [dy.clone() for dy in upstream])]
+    got = [y.detach().clone() for y in outputs]
+    if leaves:
+        got += torch.autograd.grad(outputs, leaves, [dy.clone() for dy in upstream])
     return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, truth, strict=True))
 
 
@@ -259,7 +276,7 @@ def phase_us(case: Case, phase: str, name: str, function: Callable[..., object])
     sets: list[list[Tensor]] = []
     while len(sets) < 2 or sum(x.nbytes for inputs in sets for x in inputs) < CACHE_BYTES:
         sets.append(case.inputs())
-    leaves = [differentiable(inputs) for inputs in sets]
+    leaves = [case.leaves(inputs) for inputs in sets]
     fresh = [inputs[0].detach().clone() for inputs in sets] if name in case.in_place else []
 
     def restore(i: int) -> None:
@@ -334,7 +351,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"{'kernel':20} {'size':23} {'phase':8} {'implementation':15} {'error':>7} {'us':>8} {'GB/s':>6} of copy")
     with torch.cuda.stream(torch.cuda.Stream()):
-        for case in (*norm_cases(), *loss_cases(), *block_cases()):
+        for case in (*norm_cases(), *loss_cases(), *block_cases(), *gradient_cases()):
             for row in measure(case) if args.only in case.name else ():
                 rows.append(row)
                 print(line(row), flush=True)

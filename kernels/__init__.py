@@ -19,7 +19,7 @@ GROUPS = {  # knob -> what it chooses
     "gelu_kernel": ("gelu", "gelu_tanh"),
     "rope_kernel": ("rope", "rope_qkv_"),
     "cross_entropy_kernel": ("linear_cross_entropy",),
-    "adamw_kernel": ("AdamW",),
+    "adamw_kernel": ("AdamW", "accumulate_"),
     "fp8_kernel": ("quantize", "swiglu_quantize", "swiglu_backward_quantize"),
 }
 
@@ -39,6 +39,7 @@ class Operations:
     rope_qkv_: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
     AdamW: Callable[..., Any]  # the optimizer, as torch.optim.AdamW is called
+    accumulate_: Callable[..., Any]
     quantize: Callable[..., Any]
     swiglu_quantize: Callable[..., Any]
     swiglu_backward_quantize: Callable[..., Any]
@@ -64,6 +65,7 @@ def choose(choices: Mapping[str, str], device: str) -> tuple[Operations, dict[st
 
 def triton_kernels() -> Operations:
     """All operations as Triton kernels."""
+    from kernels.accumulate import accumulate_
     from kernels.adamw import AdamW
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.gelu import gelu, gelu_tanh
@@ -75,4 +77,4 @@ def triton_kernels() -> Operations:
     from kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 
     norms, fp8 = (layer_norm, rms_norm, add_layer_norm, add_rms_norm), (quantize, swiglu_quantize, swiglu_backward_quantize)
-    return Operations(*norms, swiglu, gelu, gelu_tanh, rope, rope_qkv_, linear_cross_entropy, AdamW, *fp8)
+    return Operations(*norms, swiglu, gelu, gelu_tanh, rope, rope_qkv_, linear_cross_entropy, AdamW, accumulate_, *fp8)

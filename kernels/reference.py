@@ -51,6 +51,14 @@ class AdamW(torch.optim.AdamW):
             torch._foreach_copy_(list(self.rounded.values()), list(self.rounded))
 
 
+def accumulate_(total: Tensor, gradient: Tensor, is_first: bool) -> None:
+    """total (...), float32, becomes the gradient (...), of any dtype, if that `is_first`, else their sum."""
+    if is_first:
+        total.copy_(gradient)
+    else:
+        total.add_(gradient)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """weight * (x - mean) / sqrt(var + eps) + bias, over the last axis: x (..., C), weight and bias (C,) -> (..., C)."""
     bias = None if bias is None else bias.float()
