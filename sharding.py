@@ -15,7 +15,7 @@ but it is rounded once a step and not in each micro-step, and a gradient that is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -263,8 +263,8 @@ class Zero1(DataParallel):
             self._wait_for(reader)
 
 
-class ByCopies:
-    """What fully_shard exchanges by in place of NCCL, in streams of its own: by methods of its AllGather and ReduceScatter."""
+class GatherByCopies:
+    """What fully_shard exchanges by in place of NCCL, in streams of its own: methods of its AllGather."""
 
     def __init__(self, copies: Copies) -> None:
         self.copies = copies
@@ -272,15 +272,26 @@ class ByCopies:
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
-
-class GatherByCopies(ByCopies):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
         self.copies.gather(output_tensor, input_tensor)
 
 
-class ReduceScatterByCopies(ByCopies):
+class ReduceScatterByCopies:
+    """As its ReduceScatter. What is sent is in `dtype()`, that of the gradients; what comes out in the one that is asked for."""
+
+    def __init__(self, copies: Copies, dtype: Callable[[], torch.dtype]) -> None:
+        self.copies, self.dtype, self._is_output = copies, dtype, True
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        self._is_output = not self._is_output  # fully_shard asks for memory to send from, and then for the result's
+        return torch.empty(size, dtype=dtype if self._is_output else self.dtype(), device=device)
+
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> None:
         self.copies.reduce_scatter(output_tensor, input_tensor, op)
+
+
+def fsdp_units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 class FullyShard(Layout):
@@ -319,18 +330,32 @@ class FullyShard(Layout):
         if self.exchange_by == "copies":
             copies = Copies(self.ranks, largest_share, everywhere=False, gathers=True)
             self.uncounted_bytes = copies.peers.uncounted_bytes
-            for unit in (module for module in model.modules() if isinstance(module, FSDPModule)):
+            for unit in fsdp_units(model):
                 unit.set_custom_all_gather(GatherByCopies(copies))
-                unit.set_custom_reduce_scatter(ReduceScatterByCopies(copies))
+                unit.set_custom_reduce_scatter(ReduceScatterByCopies(copies, self.dtype_of_gradients))
 
     @property
     def weights_arrive(self) -> Literal["once", "often"]:
         return "once" if self.cfg.fsdp_accumulate_whole else "often"
 
     def attach(self, model: nn.Module) -> None:
-        model.unshard()  # fully_shard moves uneven shards to padded memory when the model is first used
-        model.reshard()
+        for unit in fsdp_units(model):
+            unit.unshard()  # fully_shard moves uneven shards to padded memory when they are first used
+            if self.cfg.fsdp_accumulate_whole and self.dtype != torch.float32:
+                for p in (p for p in unit.parameters() if not isinstance(p, DTensor)):
+                    p.grad_dtype = None  # float32 where gradients have been added up
+                    p.register_post_accumulate_grad_hook(self._add_gradient)
+            unit.reshard()
         super().attach(model)
+
+    def _add_gradient(self, parameter: Tensor) -> None:
+        super()._add_gradient(parameter)
+        if self._adds and self._is_last:
+            parameter.grad = self._sums[parameter]
+
+    def dtype_of_gradients(self) -> torch.dtype:
+        """When they are exchanged."""
+        return torch.float32 if self._adds and self.cfg.fsdp_accumulate_whole else self.dtype
 
     def round_products(self) -> dict[Tensor, Tensor]:
         return {}  # fully_shard rounds what it gathers
@@ -341,7 +366,8 @@ class FullyShard(Layout):
         return Part(parameter, parameter.detach().to_local(), first_row_of(parameter), copies)
 
     def begin(self, number: int, micro_steps: int) -> None:
-        exchange = number == micro_steps or not self.cfg.fsdp_accumulate_whole
+        super().begin(number, micro_steps)
+        exchange = self._is_last or not self.cfg.fsdp_accumulate_whole
         self.model.set_requires_gradient_sync(exchange)
         self.model.set_reshard_after_backward(exchange)  # until then weights stay gathered
 

@@ -36,7 +36,7 @@ from model import build_model
 from optim import build_optimizer, optimizer_tensors, update
 from parallel import Ranks, start_ranks
 from precision import LossScale, autocast
-from sharding import Layout, choose_layout, put_rows
+from sharding import Layout, ReduceScatterByCopies, choose_layout, put_rows
 from startup import TrainState
 from tiny_runs import Runs, nothing
 
@@ -97,6 +97,19 @@ def test_fsdp_by_other_knobs(knob: str, runs: Runs, saved: dict[tuple[int, str],
     assert "Wrapping model with FSDP..." in output and "FSDP enabled with min_params=" in output
     assert list(runs.losses(out_dir).values()) == pytest.approx(list(runs.losses(saved[1, "ddp"]).values()), rel=1e-6)
     runs.run(out_dir, *SHAPE, f"--max_iters={STEPS + 1}", "--resume=latest")
+
+
+def test_fsdp_adds_up_bfloat16_in_float32(runs: Runs) -> None:
+    """Once a step, or in each micro-step: the gradients of the same products, and their sums in another order."""
+    flags = [*SHAPE, "--use_fsdp", "--dtype=bfloat16", "--max_iters=3"]
+    losses, norms = [], []
+    for whole in (True, False):
+        runs.run_ranks(2, f"whole-{whole}", *flags, f"--fsdp_accumulate_whole={whole}")
+        records = runs.log(f"whole-{whole}")["training_iterations"]
+        losses.append([record["loss"] for record in records])
+        norms.append([record["gradients"]["global_norm"] for record in records])
+    assert losses[0][0] == losses[1][0] and norms[0][0] == pytest.approx(norms[1][0], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def resume_all(argv: list[str]) -> None:
@@ -381,3 +394,11 @@ def test_auto_chooses_for_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
         chosen.append(choose_layout(cfg, Ranks(0, 2, torch.device("cuda")), torch.bfloat16)[2])
     assert chosen[0] == chosen[1] and f"of {0.92 * 40:.1f} usable GiB" in chosen[0]
+
+
+def test_gradients_are_sent_as_they_are_and_reduced_in_float32() -> None:
+    comm = ReduceScatterByCopies(None, lambda: torch.bfloat16)
+    asked = dict(dtype=torch.float32, device=torch.device("cpu"))
+    sent, result = comm.allocate((8,), **asked), comm.allocate((4,), **asked)
+    assert (sent.dtype, result.dtype) == (torch.bfloat16, torch.float32)
+    assert comm.allocate((8,), **asked).dtype == torch.bfloat16  # of the next unit
