@@ -1,7 +1,8 @@
 """The number format of the arithmetic: dtype, autocast and loss scaling.
 
-Weights, gradients and optimizer state stay in float32; autocast rounds the operands of matrix products to `dtype`. float16
-has too few exponent bits for small gradients, so its loss is multiplied by a scale that follows the gradients' range.
+The optimizer and what it updates stay in float32; autocast rounds the operands of matrix products to `dtype`, where sharding.py
+has not made them parameters in it. float16 has too few exponent bits for small gradients, so its loss is multiplied by a scale
+that follows the gradients' range.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def start_report(
             "batch": " x ".join(map(str, factors)) + f" = {tokens_per_step:,} tokens a step",
             "steps": cfg.optim.max_iters,
             "parallel": parallel,
-            "precision": products + (f"{precision}, weights and AdamW in float32" if dtype != torch.float32 else precision),
+            "precision": products + precision + ", master weights and AdamW in float32" * (dtype != torch.float32),
             **{knob: who for knob, who in chosen_kernels.items() if state.fp8.active or knob != "fp8_kernel"},
             "attention": attention_backend(cfg, ranks.device, dtype),
             "compile": compiles(cfg, ranks.device),
