@@ -157,6 +157,7 @@ class Copies:
             p.data = homes[self.me]
             self.homes[p.data_ptr()] = homes
         self.n_spread = 0
+        self.sending: list[Tensor] = []  # whose memory nobody else may have before it has been read
         on_gpu = ranks.device.type == "cuda"
         self.outgoing, self.incoming = (torch.cuda.Stream() if on_gpu else None for _ in range(2))
         if on_gpu:
@@ -172,9 +173,7 @@ class Copies:
             mean = torch.empty_like(gradient if everywhere else gradient[first:end], dtype=torch.float32)
         means = self._shares(mean) if everywhere else []
         self._average(self._shares(gradient), means[self.me] if means else mean.view(-1), torch.mean, means)
-        for stream in (self.outgoing, self.incoming):
-            if stream is not None:  # nobody else may have this memory before they have read it
-                gradient.record_stream(stream)
+        self.sending.append(gradient)
         return mean
 
     def _shares(self, tensor: Tensor) -> list[Tensor]:
@@ -229,6 +228,7 @@ class Copies:
     def finish_averages(self) -> None:
         if self.incoming is not None:
             torch.cuda.current_stream().wait_stream(self.incoming)
+        self.sending.clear()
 
     def gather(self, output: Tensor, own: Tensor) -> None:
         """output (ranks E,): everybody's `own` (E,), which may lie in it; in the current stream."""

@@ -90,14 +90,18 @@ def held_whole(cfg: Config, width: int, strategy: Strategy, ranks: int) -> tuple
     A matrix's gradient is made in the products' dtype, and one process with one micro-step leaves it so. Sums and averages are
     float32. zero1 has the masters of its own rows and, where nothing is added up and copy engines bring them, those rows'
     averages; embeddings and head, float32 from the start, are averaged where they lie, and what a collective averages is whole.
+    What copy engines have sent is kept until all have. FP8 rounds float32 parameters, and makes their gradients in float32.
     """
-    n, matrices, accumulates = count_parameters(cfg.model).total, rounded_elements(cfg.model, width), adds_up(cfg, ranks)
+    n, accumulates = count_parameters(cfg.model).total, adds_up(cfg, ranks)
+    matrices = 0 if cfg.fp8.use_fp8 else rounded_elements(cfg.model, width)
     made = 4 * (n - matrices) + width * matrices
     own = 4 * (n - matrices) + 4 * matrices // ranks
     if ranks == 1:
         return 4 * n, 4 * n if accumulates else made, made * accumulates
-    few = strategy == "zero1" and not accumulates and ring_bytes(cfg, strategy, ranks) > 0
-    return own if strategy == "zero1" else 4 * n, own if few else 4 * n, width * unit_parameters(cfg.model)
+    as_made = not accumulates and ring_bytes(cfg, strategy, ranks) > 0
+    gradients = own if strategy == "zero1" and as_made else 4 * n
+    arriving = width * matrices if as_made else width * unit_parameters(cfg.model)
+    return own if strategy == "zero1" else 4 * n, gradients, arriving
 
 
 def settled(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Config:
@@ -146,7 +150,7 @@ def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
 
 
 def bytes_of(dtype: Precision) -> int:
-    """Of a number in the matrix products; a run in FP8 is predicted as one in bfloat16, which keeps more."""
+    """Of a number in the matrix products; what a run in FP8 keeps of a forward pass is predicted as bfloat16's, which is more."""
     return 4 if dtype in ("float32", "tf32") else 2
 
 

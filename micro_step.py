@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-MicroStep = Callable[[Tensor, Tensor], Tensor]  # idx and targets (B, T) -> the loss, of which it adds the gradients to `.grad`
+MicroStep = Callable[[Tensor, Tensor], Tensor]  # idx and targets (B, T) -> the loss, whose gradients it adds up
 
 
 class GraphedMicroStep:
     """A micro-step whose kernels are recorded by the first two calls that need it and replayed by the others.
 
-    The first micro-step of a step makes the gradients, later ones add to them (to `.grad`, or to where a hook on a parameter adds
-    them up): two graphs. Both have one pool of memory, where
-    their gradients stay; whoever drops a `.grad` finds it there again after the next call. Every call must have the shapes of
-    the first, and `micro_step` must have run once without a graph, so that nothing is compiled while it is recorded.
+    The first micro-step of a step makes the gradients, later ones add to them: two graphs. Both have one pool of memory, where
+    their gradients stay; whoever drops a `.grad` finds it there again after the next call. What hooks on some parameters do with
+    theirs instead is recorded too. Every call must have the shapes of the first, and `micro_step` must have run once without a
+    graph, so that nothing is compiled while it is recorded.
     """
 
     def __init__(self, micro_step: MicroStep, parameters: Iterable[nn.Parameter]) -> None:

@@ -2,8 +2,10 @@
 
              parameters   gradients   masters and AdamW's state
     ddp      all          all         all
-    zero1    all          all         own rows         (Rajbhandari et al. 2020, ZeRO stage 1)
+    zero1    all          all*        own rows         (Rajbhandari et al. 2020, ZeRO stage 1)
     fsdp     own rows     own rows    own rows         (PyTorch's fully_shard; between the steps)
+
+    * own rows of the averages of matrices that are not float32, where nothing is added up and copy engines bring them
 
 Of a tensor with R rows rank r of N owns rows [r c, (r + 1) c) with c = ceil(R / N), as torch.chunk cuts it. Everything else
 follows from `Part`: the optimizer works on the parts alone, and a checkpoint is made of them.
@@ -70,7 +72,8 @@ class Layout:
         self.parts: dict[str, Part] = {}
         self.uncounted_bytes = 0  # of the GPU's memory, which the allocator does not count
         self._is_first = self._is_last = self._adds = False  # of a micro-step: its place in the step, and whether it has others
-        self._sums: dict[Tensor, Tensor] = {}  # of their gradients, by parameter, where that is not float32
+        self._summed: list[Tensor] = []  # parameters of another dtype than float32
+        self._sums: dict[Tensor, Tensor] = {}  # of the gradients of micro-steps, by these
 
     def shard(self, model: nn.Module) -> None:
         """Before the model, which is on the meta device, has storage."""
@@ -80,26 +83,32 @@ class Layout:
         self.model = model
         masters = self.round_products()
         self.share(list(model.parameters()))
-        self.parts = {name: self.part_of(p, masters.pop(p, p)) for name, p in model.named_parameters()}
+        self.parts = {name: self.part_of(p, masters.get(p)) for name, p in model.named_parameters()}
         self.n_elements = sum(p.numel() for p in model.parameters())
 
     def round_products(self) -> dict[Tensor, Tensor]:
-        """Turns the blocks' matrices into the arithmetic's dtype: their float32 values, by parameter. FP8 rounds its own."""
+        """Turns the blocks' matrices into the arithmetic's dtype, one by one: their masters. FP8 rounds its own."""
         if self.dtype == torch.float32:
             return {}
         linears = [m for unit in self.model.shard_units() for m in unit.modules() if type(m) is nn.Linear]
-        masters = {linear.weight: linear.weight.detach() for linear in linears}
-        for p in masters:
+        masters = {}
+        for p in (linear.weight for linear in linears):
+            masters[p] = self.master_of(p.detach())
             p.data = p.detach().to(self.dtype)
-            p.register_post_accumulate_grad_hook(self._add_gradient)
+            self._add_up(p)
         return masters
+
+    def master_of(self, values: Tensor) -> Tensor:
+        """What this rank keeps of a matrix's float32 values."""
+        return values
 
     def share(self, parameters: list[nn.Parameter]) -> None:
         """Prepares what the ranks exchange of these."""
 
-    def part_of(self, parameter: nn.Parameter, values: Tensor) -> Part:
-        """`values`: the parameter, or its master."""
-        return Part(parameter, values, 0, self.ranks.world_size, None if values is parameter else parameter.detach())
+    def part_of(self, parameter: nn.Parameter, master: Tensor | None) -> Part:
+        if master is None:
+            return Part(parameter, parameter, 0, self.ranks.world_size)
+        return Part(parameter, master, 0, self.ranks.world_size, parameter.detach())
 
     @property
     def rows(self) -> dict[Tensor, Tensor]:
@@ -112,7 +121,7 @@ class Layout:
         return {part.rows: part.rounded for part in self.parts.values() if part.rounded is not None}
 
     def put(self, parameter: Tensor, values: Tensor) -> None:
-        """New values for a parameter, (whole shape), of which this rank keeps its rows. `round` follows."""
+        """As put_rows, but after `attach`, and to what is updated: `round` follows."""
         part = next(part for part in self.parts.values() if part.parameter is parameter)
         part.rows.detach().copy_(values[part.first_row : part.first_row + len(part.rows)])
 
@@ -126,15 +135,25 @@ class Layout:
     def begin(self, number: int, micro_steps: int) -> None:
         """Before the forward pass of a step's micro-step, from 1; gradients are exchanged in the backward pass of the last."""
         self._is_first, self._is_last, self._adds = number == 1, number == micro_steps, micro_steps > 1
+        if self._adds and not self._sums:
+            self._make_sums()
+
+    def _add_up(self, parameter: Tensor) -> None:
+        """Where a step has several micro-steps, this parameter's gradients are to add up beside it, in float32."""
+        self._summed.append(parameter)
+        parameter.register_post_accumulate_grad_hook(self._add_gradient)
+
+    def _make_sums(self) -> None:
+        """Before anything is recorded as a CUDA graph, which finds them where they are: they stay for the whole run."""
+        self._sums = {p: torch.empty_like(p, dtype=torch.float32) for p in self._summed}
+        for p, total in list(self._sums.items())[:1]:  # compiles the kernel
+            for is_first in (True, False):
+                self.model.ops.accumulate_(total, torch.zeros_like(total, dtype=p.dtype), is_first)
 
     def _add_gradient(self, parameter: Tensor) -> None:
-        """Where a step has several micro-steps, a rounded parameter's gradients add up beside it, in float32."""
-        if not self._adds:
-            return
-        if parameter not in self._sums:  # which stay where they are: a CUDA graph finds them there
-            self._sums[parameter] = torch.empty_like(parameter, dtype=torch.float32)
-        self.model.ops.accumulate_(self._sums[parameter], parameter.grad, self._is_first)
-        parameter.grad = None
+        if self._adds:
+            self.model.ops.accumulate_(self._sums[parameter], parameter.grad, self._is_first)
+            parameter.grad = None
 
     def take_gradient(self, parameter: Tensor) -> Tensor:
         """The gradient of the step's micro-steps, which the parameter no longer has."""
@@ -241,14 +260,15 @@ class Zero1(DataParallel):
     def marker_lines(self) -> list[str]:
         return ["Using ZeRO-1 optimizer state sharding"]
 
-    def part_of(self, parameter: nn.Parameter, values: Tensor) -> Part:
+    def master_of(self, values: Tensor) -> Tensor:
+        return self.own_rows_of(values).clone()  # a view would keep all of them
+
+    def part_of(self, parameter: nn.Parameter, master: Tensor | None) -> Part:
         if parameter.ndim < 2:
-            return super().part_of(parameter, values)
+            return super().part_of(parameter, master)
         first, _ = own_rows(len(parameter), self.ranks.rank, self.ranks.world_size)
-        rows, rounded = self.own_rows_of(values.detach()), None
-        if values is not parameter:
-            rows, rounded = rows.clone(), self.own_rows_of(parameter.detach())
-        return Part(parameter, rows, first, 1, rounded)
+        rows = self.own_rows_of(parameter.detach())
+        return Part(parameter, rows, first, 1) if master is None else Part(parameter, master, first, 1, rows)
 
     def finish(self) -> None:
         for reader, part in self._sharded:
@@ -344,7 +364,7 @@ class FullyShard(Layout):
             if self.cfg.fsdp_accumulate_whole and self.dtype != torch.float32:
                 for p in (p for p in unit.parameters() if not isinstance(p, DTensor)):
                     p.grad_dtype = None  # float32 where gradients have been added up
-                    p.register_post_accumulate_grad_hook(self._add_gradient)
+                    self._add_up(p)
             unit.reshard()
         super().attach(model)
 
@@ -360,7 +380,7 @@ class FullyShard(Layout):
     def round_products(self) -> dict[Tensor, Tensor]:
         return {}  # fully_shard rounds what it gathers
 
-    def part_of(self, parameter: nn.Parameter, values: Tensor) -> Part:
+    def part_of(self, parameter: nn.Parameter, master: Tensor | None) -> Part:
         assert isinstance(parameter, DTensor), "fully_shard leaves no parameter out"
         copies = parameter.device_mesh.size() // parameter.device_mesh.size(parameter.device_mesh.ndim - 1)
         return Part(parameter, parameter.detach().to_local(), first_row_of(parameter), copies)

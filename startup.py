@@ -204,6 +204,8 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
         yield "--memory_history records nothing on a CPU"
     if cfg.is_given("num_gpus"):
         yield f"--num_gpus is of --plan; this run has {n} rank{'s' * (n > 1)}, and torchrun --nproc_per_node=N starts N of them"
+    if n == 1 and cfg.parallel.exchange != "auto":
+        yield f"one process exchanges nothing by {cfg.parallel.exchange}"
     if n == 1 and cfg.parallel.asked in ("zero1", "fsdp"):
         yield f"one process shards nothing by {cfg.parallel.asked}: torchrun --nproc_per_node=N starts several"
     else:

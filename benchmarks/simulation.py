@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import Config, load_config
+from memory import STRATEGIES
 
 GIB = 2**30
 
@@ -101,8 +102,9 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
             gradients = [rows.grad.untyped_storage() for rows in layout.rows.values() if rows.grad is not None]
             layout.finish()
             layout.settle()
+        held_parameters = [*model.parameters(), *layout.rounded]  # and masters
         held = {
-            "parameters": sum(getattr(p, "_local_tensor", p).nbytes for p in [*model.parameters(), *layout.rounded]),
+            "parameters": sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in held_parameters),
             "gradients": sum({memory._cdata: memory.nbytes() for memory in gradients}.values()),
             "optimizer": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         }
@@ -129,6 +131,8 @@ def main() -> None:
     parser.add_argument("--micro_steps", type=int, default=1, help="a rank")
     parser.add_argument("--json", help="write the figures here as well")
     args, knobs = parser.parse_known_args()
+    if unknown := set(args.strategies.split(",")).difference(STRATEGIES):
+        parser.error(f"--strategies: no {unknown.pop()!r}; there are {', '.join(STRATEGIES)}")
     cfg = load_config([*knobs, "--device=cpu", "--dtype=bfloat16"])
     if cfg.model.vocab_size == 0:
         cfg = load_config([*knobs, "--device=cpu", "--dtype=bfloat16", "--vocab_size=50304"])  # GPT-2's, padded

@@ -33,8 +33,9 @@ def bare_loop(argv: list[str]) -> list[float]:
     from data.tokens import load_dataset
     from model import build_model
     from optim import build_optimizer
-    from parallel import start_ranks
+    from parallel import Ranks, start_ranks
     from precision import autocast, choose_dtype
+    from sharding import Layout
     from startup import with_vocabulary
 
     cfg = load_config(argv)
@@ -44,7 +45,9 @@ def bare_loop(argv: list[str]) -> list[float]:
     dtype = choose_dtype(cfg.run.dtype, device)
     ops = kernels.choose(vars(cfg.kernels), device.type)[0]
     model = build_model(cfg.model, device, cfg.run.seed, ops)
-    optimizer = build_optimizer(model.parameters(), cfg.optim, ops.AdamW)
+    layout = Layout(Ranks(0, 1, device), cfg.parallel, dtype)  # the same model: what it is made of is no overhead
+    layout.attach(model)
+    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
     forward = torch.compile(model) if cfg.run.compile else model
     batch = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
     instants = []
@@ -52,6 +55,7 @@ def bare_loop(argv: list[str]) -> list[float]:
         with autocast(device, dtype):
             loss = forward(batch[0], batch[1])
         loss.backward()
+        layout.gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -93,6 +93,12 @@ def test_copies_train_as_collectives_do(n: int, dtype: str, runs: Runs) -> None:
     expected, tolerance = list(runs.losses(f"{name}-collectives").values()), 1e-6 if dtype == "float32" else 1e-3
     for strategy in ("ddp", "fsdp"):
         assert list(runs.losses(f"{name}-{strategy}").values()) == pytest.approx(expected, rel=tolerance)
+    if n == 2:  # two micro-steps: their sums are float32, and are sent so
+        whole = [*flags, "--max_iters=5", "--use_fsdp", "--fsdp_accumulate_whole"]
+        runs.run_ranks(n, f"{name}-whole-collectives", *whole)
+        run_copies(runs, n, f"{name}-whole", *whole)
+        by_gloo, by_copies = (runs.losses(f"{name}-{which}").values() for which in ("whole-collectives", "whole"))
+        assert list(by_copies) == pytest.approx(list(by_gloo), rel=1e-6)
     run_copies(runs, n, f"{name}-collectives", *flags, "--parallel=zero1", "--max_iters=7", "--resume=latest")
     runs.run_ranks(n, f"{name}-zero1", *flags, "--parallel=ddp", "--max_iters=7", "--resume=latest")
     assert runs.losses(f"{name}-zero1")[7] == pytest.approx(runs.losses(f"{name}-collectives")[7], rel=10 * tolerance)

@@ -130,9 +130,6 @@ class Memory:
     def numel(self) -> int:
         return (self.end - self.start) // self.itemsize
 
-    def record_stream(self, stream: Stream) -> None:
-        """`TracedRank.update` gives the memory to others."""
-
     def data_ptr(self) -> Any:
         return self.name, self.start
 
@@ -162,11 +159,15 @@ def traced_copies(trace: Trace, rank: int, n: int) -> Copies:
     copies.averages, copies.gathers, copies.peers = Ring((n + 2) * own), Ring(own), TracedPeers(trace, rank, n)
     copies.arriving = [Memory(trace, ("arriving", each), 0, (n + 2) * own, 0, UINT8) for each in range(n)]
     copies.offered = [Memory(trace, ("offered", each), 0, own, 0, UINT8) for each in range(n)]
-    copies.outgoing, copies.incoming, copies.n_spread, copies.homes = Stream(trace), Stream(trace), 0, {}
+    copies.outgoing, copies.incoming, copies.n_spread, copies.homes, copies.sending = Stream(trace), Stream(trace), 0, {}, Held()
     for number, (rows, width) in enumerate(SHAPES):
         homes = [Memory(trace, ("home", number, each), 0, 4 * rows * width, width) for each in range(n)]
         copies.homes[homes[rank].data_ptr()] = homes
     return copies
+
+
+class Held(list):
+    """Gradients that are kept until they have been sent."""
 
 
 class TracedRank:
@@ -186,6 +187,8 @@ class TracedRank:
         for weight, gradient in zip(self.weights, self.gradients, strict=True):
             self.trace.operation((weight,), (gradient,))
             self.means.append(self.copies.average(gradient, everywhere))
+            if not any(held is gradient for held in self.copies.sending):
+                self.trace.operation((), (gradient,))  # its memory is another's now
         self.copies.finish_averages()
 
     def own(self, tensor: Memory) -> Memory:
@@ -286,6 +289,7 @@ BREAKAGES = [
     ("ddp", TracedPeers, "wait", without_own_signal),  # a rank's sending overtakes its own fetching
     ("zero1", exchange, "_follow", lambda stream, other=None: None),
     ("ddp", Copies, "finish_averages", lambda self: None),
+    ("zero1", Held, "append", lambda self, gradient: None),  # a gradient's memory is given away too early
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -196,13 +197,23 @@ def test_gradients_are_as_narrow_as_products_until_they_are_summed_or_averaged()
 
 
 def test_what_is_on_its_way_to_the_gradients():
-    """A whole model's or, among several ranks, a block's, in the products' dtype."""
+    """In the products' dtype a whole model's, or a block's where a collective makes averages of them at once."""
     cfg = load_config([*LLAMA, "--batch_size=1", "--block_size=128", "--gradient_accumulation_steps=4"])
     n, matrices = count_parameters(cfg.model).total, rounded_elements(cfg.model, 2)
     held = 4 * n + 2 * matrices + 8 * n + 4 * n  # parameters, the rounded ones, AdamW, gradients
     alone, among = (predict_memory(cfg, "bfloat16", "ddp", ranks).peak for ranks in (1, 4))
     assert alone == held + 4 * n - 2 * matrices
-    assert among == held + 2 * unit_parameters(cfg.model) + 6 * RING_BYTES
+    assert among == held + 2 * matrices + 6 * RING_BYTES  # kept until they have been sent
+    through_nccl = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, exchange="collectives"))
+    assert predict_memory(through_nccl, "bfloat16", "ddp", 4).peak == held + 2 * unit_parameters(cfg.model)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_fp8_has_float32_parameters_and_gradients(strategy):
+    cfg = load_config([*LLAMA, "--use_fp8", "--gradient_accumulation_steps=4"])
+    n, use = count_parameters(cfg.model).total, predict_memory(cfg, "bfloat16", strategy, 4)
+    assert (use.parameters, use.gradients) == (4 * n, 4 * n)
+    assert predict_memory(cfg, "bfloat16", "ddp", 1).gradients == 4 * n
 
 
 @pytest.mark.parametrize("knobs", [[], ["--gradient_checkpointing"], ["--bias", "--weight_tying"]])

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
+from configurator import load_config
 from micro_step import GraphedMicroStep, MicroStep
+from model import build_model
+from optim import build_optimizer, update
+from parallel import Ranks
+from sharding import Layout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
 BATCHES = [torch.randint(16, (2, 4, 8), generator=torch.Generator().manual_seed(i)) for i in range(6)]  # idx, targets (4, 8)
@@ -79,3 +85,36 @@ def test_a_graph_recorded_later_goes_on_with_the_same_random_numbers() -> None:
             losses.append(graphed(*batch.cuda()).item())
             net.zero_grad(set_to_none=True)
     assert losses[4:] == losses[2:4]
+
+
+@pytest.mark.parametrize("micro_steps", (1, 3))
+def test_rounded_weights_and_their_sums(micro_steps: int) -> None:
+    """As a run has it: some steps of a model whose blocks' matrices have masters, bitwise as without a graph."""
+    device, seen = torch.device("cuda"), []
+    cfg = load_config(["config/quickstart.py", "--n_layer=2", "--vocab_size=64", "--block_size=32", "--dtype=bfloat16"])
+    for graphed in (False, True):
+        ops = kernels.choose(vars(cfg.kernels), "cuda")[0]
+        model = build_model(cfg.model, device, 0, ops)
+        layout = Layout(Ranks(0, 1, device), cfg.parallel, torch.bfloat16)
+        layout.attach(model)
+        optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
+
+        def plain(idx: Tensor, targets: Tensor, model: nn.Module = model) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(idx, targets)
+            loss.backward()
+            return loss.detach()
+
+        batches = torch.randint(64, (9, 2, 4, 32), generator=torch.Generator().manual_seed(0)).cuda()
+        plain(*batches[0])
+        model.zero_grad(set_to_none=True)
+        micro_step = GraphedMicroStep(plain, model.parameters()) if graphed else plain
+        for number, batch in enumerate(batches[: 9 // micro_steps * micro_steps]):
+            layout.begin(number % micro_steps + 1, micro_steps)
+            seen.append(micro_step(*batch).clone())
+            if number % micro_steps + 1 == micro_steps:
+                update(optimizer, cfg.optim, 1e-3, torch.ones((), device=device), False, layout.gradients())
+                layout.finish()
+        seen += [part.rows.detach().clone() for part in layout.parts.values()]
+    half = len(seen) // 2
+    assert all(map(torch.equal, seen[:half], seen[half:]))

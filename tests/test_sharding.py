@@ -204,6 +204,16 @@ def test_values_that_are_put_go_to_masters_and_weights() -> None:
         assert torch.equal(part.rows, expected[name]) and torch.equal(part.parameter, expected[name].to(part.parameter.dtype))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_that_starts_from_weights_has_them_everywhere(strategy: str, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+    source = f"--init_from={runs.folder / saved[1, 'ddp']}"
+    flags = [*SHAPE, "--dtype=bfloat16", "--max_iters=1", source]
+    runs.run(f"from-alone-{strategy}", *flags)
+    runs.run_ranks(2, f"from-{strategy}", *flags, f"--parallel={strategy}")
+    alone, together = (runs.losses(f"from-{name}{strategy}")[1] for name in ("alone-", ""))
+    assert together == pytest.approx(alone, rel=1e-4) and alone < 0.99 * runs.losses(saved[1, "ddp"])[1]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_gpus(dtype: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +227,8 @@ def test_two_gpus(dtype: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> No
         runs.run_ranks(2, f"{dtype}-{strategy}", *flags, f"--parallel={strategy}")
     alone, ddp, zero1, fsdp = (list(runs.losses(f"{dtype}-{name}").values()) for name in ("alone", *STRATEGIES))
     assert zero1 == ddp
-    tolerance = 3e-5 if dtype == "float32" else 1e-2  # the learning rate lets differences grow: of the first steps
+    # The learning rate lets differences grow: of the first steps. fsdp's float32 was 1.2e-5 off at the fourth on two GPUs.
+    tolerance = 3e-5 if dtype == "float32" else 1e-2
     assert ddp[:4] == pytest.approx(alone[:4], rel=tolerance) and fsdp[:4] == pytest.approx(alone[:4], rel=tolerance)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{dtype}-ddp", *flags, "--max_iters=8", "--resume=rolling_step_6", f"--parallel={strategy}")
