@@ -106,7 +106,7 @@ class _Table(NamedTuple):
     sizes: Tensor
 
 
-Kind = tuple[int, torch.dtype, torch.dtype | None]  # number of the group, dtypes of the gradient and of the rounded parameter
+Kind = tuple[int, torch.dtype, torch.dtype | None, int]  # group's number, dtypes of gradient and rounded parameter, alignment
 Row = tuple[Tensor | None, ...]  # what the kernel's table has of a parameter, in its order
 
 
@@ -125,7 +125,7 @@ class AdamW(reference.AdamW):
         rows: dict[Kind, list[Row]] = defaultdict(list)
         for number, group in enumerate(self.param_groups):
             for row in map(self._row, (p for p in group["params"] if p.grad is not None)):
-                rows[number, row[1].dtype, None if row[5] is None else row[5].dtype].append(row)
+                rows[number, row[1].dtype, None if row[5] is None else row[5].dtype, _alignment(row)].append(row)
         if not all(_suits_kernel(row) for each in rows.values() for row in each):
             super().step()
             return
@@ -138,7 +138,7 @@ class AdamW(reference.AdamW):
         return tuple(map(local, (p, p.grad, *state, self.rounded.get(p))))
 
     def _launch(self, kind: Kind, rows: list[Row]) -> None:
-        number, gradient, rounded = kind
+        number, gradient, rounded, alignment = kind
         group, device = self.param_groups[number], rows[0][0].device
         divisor = torch.ones((), device=device) if self.grad_scale is None else self.grad_scale
         found_inf = torch.zeros((), device=device) if self.found_inf is None else self.found_inf
@@ -152,7 +152,7 @@ class AdamW(reference.AdamW):
             with torch.cuda.device_of(divisor):
                 _kernel[(len(table.tensor_of_chunk),)](
                     *table[2:], divisor, found_inf, group["lr"], *rates, *logarithms, group["eps"],
-                    group["weight_decay"], DTYPES[gradient], DTYPES.get(rounded), ALIGNMENT, CHUNK, num_warps=WARPS,
+                    group["weight_decay"], DTYPES[gradient], DTYPES.get(rounded), alignment, CHUNK, num_warps=WARPS,
                 )  # fmt: skip
 
 
@@ -163,10 +163,12 @@ def local(tensor: Tensor | None) -> Tensor | None:
 
 def _suits_kernel(row: Row) -> bool:
     exact = all(t is not None and t.dtype == torch.float32 for t in (row[0], *row[2:5]))
-    given = [t for t in row if t is not None]
-    return exact and all(
-        t.dtype in DTYPES and t.is_contiguous() and t.data_ptr() % (ALIGNMENT if t.ndim else 4) == 0 for t in given
-    )
+    return exact and all(t.dtype in DTYPES and t.is_contiguous() for t in row if t is not None)
+
+
+def _alignment(row: Row) -> int:
+    """Of all its tensors in bytes; 1 where a rank's rows begin between the places that a thread reads at a time."""
+    return ALIGNMENT if all(t is None or t.ndim == 0 or t.data_ptr() % ALIGNMENT == 0 for t in row) else 1
 
 
 def _table(rows: list[Row], last: _Table | None) -> _Table:
