@@ -52,7 +52,7 @@ def plan_text(cfg: Config) -> str:
         f"{m.architecture}: {count_parameters(m).total:,} parameters, {flops_per_token(m) / 1e9:.3f} GFLOPs a token",
         f"{gpus} x {name}, {dtype}: {cfg.data.gradient_accumulation_steps // gpus} micro-steps of {micro_batch} on each",
         *gpu_note(cfg.plan.gpu),
-        *(["FP8: its time, and its activations, which are smaller, are planned as bfloat16's"] if cfg.fp8.use_fp8 else []),
+        *(["FP8 is planned as bfloat16, which takes more time and keeps larger activations"] if cfg.fp8.use_fp8 else []),
         "",
         *memory_table(cfg, dtype, gpus, GPU_MEMORY_GIB[name]),
         "",

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import Config, load_config
+from configurator import Config, load_config, run_command
 from memory import STRATEGIES
 
 GIB = 2**30
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())

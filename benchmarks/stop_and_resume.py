@@ -40,8 +40,9 @@ def losses(out_dir: Path) -> dict[int, float]:
 def train_with_stops(knobs: list[str], out_dir: Path, stop_steps: list[int]) -> None:
     """One run to its end; the process is stopped at some moment after each of `stop_steps`, and started again."""
     for stop_step in stop_steps:
+        before = len(losses(out_dir))
         process = start(knobs, out_dir)
-        while len(losses(out_dir)) < stop_step and process.poll() is None:
+        while len(losses(out_dir)) < max(stop_step, before + 1) and process.poll() is None:  # it has begun to train
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         code = process.wait()

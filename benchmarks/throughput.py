@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import Config, load_config
+from configurator import Config, load_config, run_command
 
 WARMUP_STEPS = 10
 Step = Callable[[Any, Any], None]  # idx, targets (B, T) int64 each
@@ -275,9 +275,9 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], help="another contestant; may be repeated")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each contestant")
+    parser.add_argument("--steps", type=int, default=40, help="that each of them takes, behind the first ones")
+    parser.add_argument("--profile", action="store_true", help="print where our own step's time goes")
     parser.add_argument("--json", help="write the figures here as well")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the child process
     args, knobs = parser.parse_known_args()
@@ -291,6 +291,10 @@ def main() -> None:
     names = ["nanotrain", *args.peer]
     if unknown := [name for name in names if name.partition(":")[0] not in CONTESTANTS]:
         parser.error(f"unknown peer {', '.join(unknown)}: choose from {', '.join(CONTESTANTS)}")
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("a whole step is measured on a GPU, and there is none here")
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for number, name in itertools.product(range(args.rounds), names):
@@ -312,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())
