@@ -135,7 +135,7 @@ class Layout:
     def begin(self, number: int, micro_steps: int) -> None:
         """Before the forward pass of a step's micro-step, from 1; gradients are exchanged in the backward pass of the last."""
         self._is_first, self._is_last, self._adds = number == 1, number == micro_steps, micro_steps > 1
-        if self._adds and not self._sums:
+        if self._adds and len(self._sums) < len(self._summed):
             self._make_sums()
 
     def _add_up(self, parameter: Tensor) -> None:
@@ -146,9 +146,9 @@ class Layout:
     def _make_sums(self) -> None:
         """Before anything is recorded as a CUDA graph, which finds them where they are: they stay for the whole run."""
         self._sums = {p: torch.empty_like(p, dtype=torch.float32) for p in self._summed}
-        for p, total in list(self._sums.items())[:1]:  # compiles the kernel
-            for is_first in (True, False):
-                self.model.ops.accumulate_(total, torch.zeros_like(total, dtype=p.dtype), is_first)
+        some = self._summed[0]
+        for is_first in (True, False):  # compiles the kernel
+            self.model.ops.accumulate_(self._sums[some], torch.zeros_like(self._sums[some], dtype=some.dtype), is_first)
 
     def _add_gradient(self, parameter: Tensor) -> None:
         if self._adds:
@@ -166,6 +166,11 @@ class Layout:
         for part in self.parts.values():
             give(part.rows, self.take_gradient(part.parameter))
         return Gradients([part.rows.grad for part in self.parts.values()], self.n_elements)
+
+    def gradient_bytes(self) -> int:
+        """After `gradients`: of the memory that these lie in, which may hold more than this rank's rows."""
+        memories = [rows.grad.untyped_storage() for rows in self.rows.values() if rows.grad is not None]
+        return sum({memory._cdata: memory.nbytes() for memory in memories}.values())
 
     def finish(self) -> None:
         """After the update, which has dropped the gradients of the parts."""

@@ -79,8 +79,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
             layout.begin(number, micro_steps)
             micro_step(idx[0], idx[1])
         gradients = layout.gradients()
-        held = [rows.grad.untyped_storage() for rows in layout.rows.values() if rows.grad is not None]
-        gradient_bytes = gradient_bytes or sum({memory.data_ptr(): memory.nbytes() for memory in held}.values())
+        gradient_bytes = gradient_bytes or layout.gradient_bytes()
         update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
         fp8.finish_step()
         layout.finish()

@@ -99,13 +99,13 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
                     loss = model(idx, idx)
                 loss.backward()
             layout.gradients()
-            gradients = [rows.grad.untyped_storage() for rows in layout.rows.values() if rows.grad is not None]
+            gradient_bytes = layout.gradient_bytes()
             layout.finish()
             layout.settle()
         held_parameters = [*model.parameters(), *layout.rounded]  # and masters
         held = {
             "parameters": sum(getattr(p, "_local_tensor", p).untyped_storage().nbytes() for p in held_parameters),
-            "gradients": sum({memory._cdata: memory.nbytes() for memory in gradients}.values()),
+            "gradients": gradient_bytes,
             "optimizer": sum(t.nbytes for state in optimizer.state.values() for t in state.values()),
         }
     held["peak"] = predict_memory(cfg, "bfloat16", strategy, n_ranks).peak

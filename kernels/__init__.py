@@ -38,7 +38,7 @@ class Operations:
     rope: Callable[..., Any]
     rope_qkv_: Callable[..., Any]
     linear_cross_entropy: Callable[..., Any]
-    AdamW: Callable[..., Any]  # the optimizer, as torch.optim.AdamW is called
+    AdamW: Callable[..., Any]  # the optimizer
     accumulate_: Callable[..., Any]
     quantize: Callable[..., Any]
     swiglu_quantize: Callable[..., Any]
