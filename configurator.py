@@ -108,7 +108,7 @@ class KernelConfig:
     gelu_kernel: Kernel = "auto"  # GELU, exact or by tanh: triton (GPUs only) or torch; auto is the faster
     rope_kernel: Kernel = "auto"  # rotary positions: triton (GPUs only) or torch; auto is the faster
     cross_entropy_kernel: Kernel = "auto"  # the loss with the head's product: triton (GPUs only) or torch; auto is the faster
-    adamw_kernel: Kernel = "auto"  # the optimizer's step, the sum of micro-steps: triton (GPUs only) or torch; auto is the faster
+    adamw_kernel: Kernel = "auto"  # optimizer's step, gradients' sums and means: triton (GPUs only) or torch; auto is the faster
     fp8_kernel: Kernel = "auto"  # rounding to FP8, with the transpose: triton (GPUs only) or torch; auto is the faster
 
 

@@ -119,13 +119,13 @@ class Copies:
     """Copies between the memories of a host's GPUs, beside the stream that computes.
 
     What is averaged is cut into a share for each rank, and shares into pieces. Of each piece every rank sends every other what it
-    has of the other's share (ARRIVED), averages what it has got of its own in float32, and, where all want all, fetches the other
-    averages (AVERAGED): one rank computes them, so all have the same bits. What arrives lies in a ring until no rank, itself
-    included, needs it any more (FINISHED). What is gathered lies in a second ring, for the others to fetch (READY, FETCHED).
+    has of the other's share (ARRIVED), averages its own with what it has got in float32, and, where all want all, fetches the
+    others' averages (AVERAGED): one rank computes them, so all have the same bits. What arrives lies in a ring until no rank,
+    itself included, needs it any more (FINISHED). What is gathered lies in a second ring, where others fetch it (READY, FETCHED).
 
-    `largest_share`: elements of the largest share; `everywhere`: whether averages are for all; `at_home`: the parameters whose
-    rows are to be `spread`, which move to memory that the other ranks reach; `gathers`: whether there is anything to `gather`, no
-    more than a largest share at a time.
+    `largest_share`: elements of the largest share; `everywhere`: whether averages are for all; `add`: who computes them, as
+    kernels/average.py does; `at_home`: the parameters whose rows are to be `spread`, which move to memory that the other ranks
+    reach; `gathers`: whether there is anything to `gather`, no more than a largest share at a time.
     """
 
     ARRIVED, AVERAGED, FINISHED, READY, FETCHED, SPREAD = range(6)
@@ -135,14 +135,15 @@ class Copies:
         ranks: Ranks,
         largest_share: int,
         everywhere: bool,
+        add: Callable[..., None],
         at_home: Sequence[Tensor] = (),
         gathers: bool = False,
     ) -> None:
-        self.me, self.n = ranks.rank, ranks.world_size
+        self.me, self.n, self.add = ranks.rank, ranks.world_size, add
         self.others = [(self.me + k) % self.n for k in range(1, self.n)]  # not all to the same one first
         own = RING_PIECES * aligned(min(PIECE, 4 * largest_share))
         # The averages of a piece take twice its bytes where it is in a dtype half as wide.
-        self.averages, self.gathers = Ring((self.n + 2 * everywhere) * own), Ring(own if gathers else 0)
+        self.averages, self.gathers = Ring((self.n - 1 + 2 * everywhere) * own), Ring(own if gathers else 0)
         sizes = [self.averages.size, self.gathers.size, *(p.nbytes for p in at_home)]
         *starts, total = itertools.accumulate(map(aligned, sizes), initial=0)
         self.peers = PeerMemory(ranks, total)
@@ -172,7 +173,7 @@ class Copies:
         else:
             mean = torch.empty_like(gradient if everywhere else gradient[first:end], dtype=torch.float32)
         means = self._shares(mean) if everywhere else []
-        self._average(self._shares(gradient), means[self.me] if means else mean.view(-1), torch.mean, means)
+        self._average(self._shares(gradient), means[self.me] if means else mean.view(-1), 1 / self.n, means)
         self.sending.append(gradient)
         return mean
 
@@ -183,42 +184,42 @@ class Copies:
 
     def reduce_scatter(self, output: Tensor, whole: Tensor, op: dist.ReduceOp) -> None:
         """output (E,): the sum or average over the ranks of this rank's part of `whole` (ranks E,); the current stream waits."""
-        self._average(list(whole.view(self.n, -1)), output, torch.mean if op == dist.ReduceOp.AVG else torch.sum, [])
+        self._average(list(whole.view(self.n, -1)), output, 1 / self.n if op == dist.ReduceOp.AVG else 1.0, [])
         self.finish_averages()
 
-    def _average(self, shares: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], means: list[Tensor]) -> None:
-        """The own share's mean into `output`; everybody's into `means`, which there are none of, or as many as shares."""
+    def _average(self, shares: list[Tensor], output: Tensor, factor: float, means: list[Tensor]) -> None:
+        """`factor` times the own share's sum into `output`; the others' into `means`, which there are none of or one a share."""
         _follow(self.outgoing)
         length = PIECE // shares[0].itemsize
         for first in range(0, len(shares[0]), length):
             piece = slice(first, first + length)
-            self._average_piece([s[piece] for s in shares], output[piece], reduce, [m[piece] for m in means])
+            self._average_piece([s[piece] for s in shares], output[piece], factor, [m[piece] for m in means])
 
-    def _average_piece(self, pieces: list[Tensor], output: Tensor, reduce: Callable[..., Tensor], means: list[Tensor]) -> None:
+    def _average_piece(self, pieces: list[Tensor], output: Tensor, factor: float, means: list[Tensor]) -> None:
         """Of each rank's share one piece, no longer than rank 0's."""
         dtype, width = pieces[0].dtype, pieces[0].itemsize
-        size = aligned(width * len(pieces[0]))  # of a place's parts: what each rank sends, and the average
-        number, start, before = self.averages.place(self.n * size + bool(means) * aligned(MEAN_BYTES * len(pieces[0])))
+        size = aligned(width * len(pieces[0]))  # of a place's parts: what each of the others sends, and the average
+        sent = len(self.others) * size
+        number, start, before = self.averages.place(sent + bool(means) * aligned(MEAN_BYTES * len(pieces[0])))
 
-        def slot(owner: int, sender: int) -> Tensor:
-            return self.arriving[owner][start + sender * size :][: width * len(pieces[owner])].view(dtype)
+        def slot(owner: int) -> Tensor:  # of this rank: the first is of the rank behind the owner
+            first = start + (self.me - owner - 1) % self.n * size
+            return self.arriving[owner][first:][: width * len(pieces[owner])].view(dtype)
 
         def average(owner: int) -> Tensor:
-            return self.arriving[owner][start + self.n * size :][: MEAN_BYTES * len(pieces[owner])].view(torch.float32)
+            return self.arriving[owner][start + sent :][: MEAN_BYTES * len(pieces[owner])].view(torch.float32)
 
         with torch.cuda.stream(self.outgoing):
             self.peers.wait(self.FINISHED, before)
             for owner in self.others:
-                slot(owner, self.me).copy_(pieces[owner])
+                slot(owner).copy_(pieces[owner])
             self.peers.signal(self.ARRIVED, number)
         with torch.cuda.stream(self.incoming):
             _follow(self.incoming, self.outgoing)
-            slot(self.me, self.me).copy_(pieces[self.me])
             self.peers.wait(self.ARRIVED, number)
-            everybodys = self.arriving[self.me][start : start + self.n * size].view(dtype).view(self.n, size // width)
-            reduce(everybodys[:, : len(output)], dim=0, dtype=torch.float32, out=output)
+            others = self.arriving[self.me][start : start + sent].view(dtype).view(len(self.others), size // width)
+            self.add(output, pieces[self.me], others[:, : len(output)], factor, average(self.me) if means else None)
             if means:
-                average(self.me).copy_(output)
                 self.peers.signal(self.AVERAGED, number)
                 self.peers.wait(self.AVERAGED, number)
                 for owner in self.others:

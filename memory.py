@@ -16,7 +16,7 @@ GIB = 2**30
 Strategy = Literal["ddp", "zero1", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
 LOGITS_BYTES = 2**31  # kernels/cross_entropy.py's CHUNK_BYTES
-RING_BYTES, HOST_RANKS = 2**26, 8  # exchange.py's ring, for each rank of a host, and as many ranks as share one
+RING_BYTES, HOST_RANKS = 2**26, 8  # exchange.py's ring, for each other rank of a host, and as many ranks as share one
 USABLE = 0.92  # of a GPU's memory: the CUDA context, the buffers of NCCL and cuBLAS and the allocator's gaps take the rest
 
 # fmt: off
@@ -137,7 +137,7 @@ def largest_unit(cfg: Config) -> int:
 
 
 def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
-    """What the exchange by copy engines keeps for what arrives: RING_BYTES a rank, or four of the largest tensor's share."""
+    """What the exchange by copy engines keeps for what arrives: RING_BYTES of each other rank, or four of a largest share."""
     m, parallel = cfg.model, cfg.parallel
     groups = strategy == "fsdp" and 0 < parallel.hsdp_shard_size < ranks
     if not 1 < ranks <= HOST_RANKS or parallel.exchange == "collectives" or groups:
@@ -146,7 +146,7 @@ def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
     if strategy == "fsdp":
         largest = largest_unit(cfg)
     more = {"ddp": 2, "zero1": 0, "fsdp": 1}[strategy]  # for the averages, which all fetch; for what is gathered
-    return (ranks + more) * min(RING_BYTES, 16 * largest // ranks)
+    return (ranks - 1 + more) * min(RING_BYTES, 16 * largest // ranks)
 
 
 def bytes_of(dtype: Precision) -> int:

@@ -204,7 +204,9 @@ class DataParallel(Layout):
         matrices, self.vectors = ([p for p in parameters if (p.ndim > 1) is wanted] for wanted in (True, False))
         if self.exchange_by == "copies":
             largest_share = max(share_of([p], self.ranks.world_size) for p in matrices)
-            self.exchange = Copies(self.ranks, largest_share, self.everywhere, at_home=[] if self.everywhere else matrices)
+            self.exchange = Copies(
+                self.ranks, largest_share, self.everywhere, self.model.ops.average_, [] if self.everywhere else matrices
+            )
             self.uncounted_bytes = self.exchange.peers.uncounted_bytes
         else:
             self.exchange = Collectives(self.ranks)
@@ -353,7 +355,7 @@ class FullyShard(Layout):
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self._sharing = mesh.get_group(mesh.ndim - 1)
         if self.exchange_by == "copies":
-            copies = Copies(self.ranks, largest_share, everywhere=False, gathers=True)
+            copies = Copies(self.ranks, largest_share, False, model.ops.average_, gathers=True)
             self.uncounted_bytes = copies.peers.uncounted_bytes
             for unit in fsdp_units(model):
                 unit.set_custom_all_gather(GatherByCopies(copies))

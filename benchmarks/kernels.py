@@ -162,6 +162,7 @@ def gradient_cases() -> Iterator[Case]:
     import torch
 
     from kernels.accumulate import accumulate_
+    from kernels.average import average_
 
     rows, columns = 12_288, 2304  # full_llama_1.36b.py's gate and up projection
     functions = {"eager": lambda total, g: total.add_(g), "ours": lambda total, g: accumulate_(total, g, False) or total}
@@ -170,6 +171,19 @@ def gradient_cases() -> Iterator[Case]:
         "accumulate", f"{rows:,} x {columns:,}", inputs, torch.add, functions, {"forward": rows * columns * 10 / 1e9},
         in_place=("eager", "torch.compile", "ours"), differentiable=False,
     )  # fmt: skip
+    size, ranks = 2**23, 2  # elements of a piece that exchange.py sends of a bfloat16 gradient
+
+    def ours(parts: torch.Tensor) -> torch.Tensor:
+        output = torch.empty(size, device="cuda")
+        average_(output, parts[0], parts[1:], 1 / ranks)
+        return output
+
+    def mean(parts: torch.Tensor) -> torch.Tensor:
+        return torch.mean(parts, 0, dtype=torch.float32)
+
+    functions, phases = {"eager": mean, "ours": ours}, {"forward": size * (2 * ranks + 4) / 1e9}
+    inputs = lambda: [normal(ranks, size)]  # noqa: E731
+    yield Case("average", f"{ranks} x {size:,}", inputs, lambda parts: parts.mean(0), functions, phases, differentiable=False)
 
 
 def liger(name: str) -> dict[str, Callable[..., object]]:

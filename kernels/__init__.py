@@ -19,7 +19,7 @@ GROUPS = {  # knob -> what it chooses
     "gelu_kernel": ("gelu", "gelu_tanh"),
     "rope_kernel": ("rope", "rope_qkv_"),
     "cross_entropy_kernel": ("linear_cross_entropy",),
-    "adamw_kernel": ("AdamW", "accumulate_"),
+    "adamw_kernel": ("AdamW", "accumulate_", "average_"),
     "fp8_kernel": ("quantize", "swiglu_quantize", "swiglu_backward_quantize"),
 }
 
@@ -40,6 +40,7 @@ class Operations:
     linear_cross_entropy: Callable[..., Any]
     AdamW: Callable[..., Any]  # the optimizer
     accumulate_: Callable[..., Any]
+    average_: Callable[..., Any]
     quantize: Callable[..., Any]
     swiglu_quantize: Callable[..., Any]
     swiglu_backward_quantize: Callable[..., Any]
@@ -67,6 +68,7 @@ def triton_kernels() -> Operations:
     """All operations as Triton kernels."""
     from kernels.accumulate import accumulate_
     from kernels.adamw import AdamW
+    from kernels.average import average_
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.gelu import gelu, gelu_tanh
     from kernels.layer_norm import add_layer_norm, layer_norm
@@ -77,4 +79,4 @@ def triton_kernels() -> Operations:
     from kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 
     norms, fp8 = (layer_norm, rms_norm, add_layer_norm, add_rms_norm), (quantize, swiglu_quantize, swiglu_backward_quantize)
-    return Operations(*norms, swiglu, gelu, gelu_tanh, rope, rope_qkv_, linear_cross_entropy, AdamW, accumulate_, *fp8)
+    return Operations(*norms, swiglu, gelu, gelu_tanh, rope, rope_qkv_, linear_cross_entropy, AdamW, accumulate_, average_, *fp8)

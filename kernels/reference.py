@@ -59,6 +59,16 @@ def accumulate_(total: Tensor, gradient: Tensor, is_first: bool) -> None:
         total.add_(gradient)
 
 
+def average_(output: Tensor, own: Tensor, arrived: Tensor, factor: float, also: Tensor | None = None) -> None:
+    """output (E,), float32, becomes factor times the sum of own (E,) and arrived (parts, E), of any dtype; `also` (E,) too."""
+    total = own.to(torch.float32, copy=True)  # the output may be `own`
+    for part in arrived:
+        total += part
+    output.copy_(total.mul_(factor))
+    if also is not None:
+        also.copy_(output)
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """weight * (x - mean) / sqrt(var + eps) + bias, over the last axis: x (..., C), weight and bias (C,) -> (..., C)."""
     bias = None if bias is None else bias.float()

@@ -153,11 +153,15 @@ class TracedPeers:
 
 
 def traced_copies(trace: Trace, rank: int, n: int) -> Copies:
+    def add(output: Memory, own: Memory, arrived: list[Memory], factor: float, also: Memory | None) -> None:
+        assert {len(part) for part in (own, *arrived)} == {len(output)} and output.dtype is FLOAT32 and len(arrived) == n - 1
+        trace.operation((own, *arrived), (output,) if also is None else (output, also))
+
     copies = Copies.__new__(Copies)
-    copies.me, copies.n, copies.others = rank, n, [(rank + k) % n for k in range(1, n)]
+    copies.me, copies.n, copies.add, copies.others = rank, n, add, [(rank + k) % n for k in range(1, n)]
     own = exchange.RING_PIECES * exchange.aligned(PIECE)
-    copies.averages, copies.gathers, copies.peers = Ring((n + 2) * own), Ring(own), TracedPeers(trace, rank, n)
-    copies.arriving = [Memory(trace, ("arriving", each), 0, (n + 2) * own, 0, UINT8) for each in range(n)]
+    copies.averages, copies.gathers, copies.peers = Ring((n + 1) * own), Ring(own), TracedPeers(trace, rank, n)
+    copies.arriving = [Memory(trace, ("arriving", each), 0, (n + 1) * own, 0, UINT8) for each in range(n)]
     copies.offered = [Memory(trace, ("offered", each), 0, own, 0, UINT8) for each in range(n)]
     copies.outgoing, copies.incoming, copies.n_spread, copies.homes, copies.sending = Stream(trace), Stream(trace), 0, {}, Held()
     for number, (rows, width) in enumerate(SHAPES):
@@ -239,15 +243,11 @@ def races(strategy: str, n: int, monkeypatch: pytest.MonkeyPatch, dtype: Any = F
     """`dtype`: of the gradients; their averages are float32."""
     trace, numbers = Trace(), itertools.count()
 
-    def reduce(rows: list[Memory], dim: int, dtype: Any, out: Memory) -> None:
-        assert {len(row) for row in rows} == {len(out)} and dtype is out.dtype is FLOAT32
-        trace.operation(tuple(rows), (out,))
-
     def empty_like(other: Memory, dtype: Any) -> Memory:
         return Memory(trace, ("mean", next(numbers)), 0, other.numel() * dtype.itemsize, other.width, dtype)
 
     cuda = SimpleNamespace(stream=trace.stream, current_stream=lambda: trace.current)
-    traced = SimpleNamespace(cuda=cuda, uint8=UINT8, float32=FLOAT32, empty_like=empty_like, mean=reduce, sum=reduce)
+    traced = SimpleNamespace(cuda=cuda, uint8=UINT8, float32=FLOAT32, empty_like=empty_like)
     monkeypatch.setattr(exchange, "torch", traced)
     monkeypatch.setattr(exchange, "PIECE", PIECE)
     monkeypatch.setattr(exchange, "ALIGNMENT", 4)  # so that places lie across each other
