@@ -225,7 +225,7 @@ class ParallelConfig:
     use_zero1: bool = False  # the same as parallel=zero1: each rank keeps a part of AdamW's state
     use_fsdp: bool = False  # the same as parallel=fsdp: each rank keeps a part of parameters, gradients and AdamW's state
     fsdp_min_num_params: int = 1_000_000  # fsdp: blocks of so many parameters are gathered one by one, smaller ones with the rest
-    fsdp_reshard_after_forward: bool = True  # fsdp: free a block's parameters until its backward pass: less memory, more traffic
+    fsdp_reshard_after_forward: bool | None = None  # fsdp: gather weights again for the backward pass; none: if memory is short
     fsdp_accumulate_whole: bool | None = None  # fsdp: exchange once a step, not every micro-step; none: if memory allows it
     hsdp_shard_size: int = 0  # fsdp: shard over so many ranks (those of a node) and replicate across; 0 shards over all
     exchange: Literal["auto", "copies", "collectives"] = "auto"  # copies: a host's copy engines; collectives: NCCL

@@ -49,7 +49,7 @@ class MemoryUse:
 def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ranks: int = 1) -> MemoryUse:
     """The peak of a training step, AdamW and what it updates in float32, products in `dtype`; vocab_size must be known.
 
-    fsdp is taken to exchange in every micro-step, unless the knob says otherwise (`settled`).
+    fsdp is taken to exchange in every micro-step and to gather for each pass, unless the knobs say otherwise (`settled`).
 
     Two moments can be the highest. When the backward pass begins, all activations and the logits are there; gradients only where
     an earlier micro-step has left some. When it ends, activations are gone and all gradients there, with what is on its way to
@@ -62,7 +62,7 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
         whole = accumulates and bool(parallel.fsdp_accumulate_whole)
         parameters, optimizer, rounded = 4 * n // shards, 8 * n // shards, 0
         gradients = parameters + 4 * n * whole
-        copies, arriving = fsdp_in_flight(cfg, width, keeps=whole or not parallel.fsdp_reshard_after_forward)
+        copies, arriving = fsdp_in_flight(cfg, width, keeps=whole or parallel.fsdp_reshard_after_forward is False)
     else:
         parameters, gradients, arriving = held_whole(cfg, width, strategy, ranks)
         optimizer = 8 * n // (ranks if strategy == "zero1" else 1)
@@ -105,12 +105,16 @@ def held_whole(cfg: Config, width: int, strategy: Strategy, ranks: int) -> tuple
 
 
 def settled(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Config:
-    """`cfg` with fsdp_accumulate_whole decided: by a GPU's memory where it is left to that, and never with one micro-step."""
-    whole, reduced = (replace(cfg, parallel=replace(cfg.parallel, fsdp_accumulate_whole=each)) for each in (True, False))
-    wanted = cfg.parallel.fsdp_accumulate_whole
-    if wanted is None:
-        wanted = predict_memory(whole, dtype, "fsdp", ranks).peak <= USABLE * memory_gib * GIB
-    return whole if wanted and adds_up(cfg, ranks) else reduced
+    """`cfg` with what fsdp holds for the sake of speed decided; where that is left to a GPU's memory, what it has room for."""
+
+    def asked(knob: str, value: bool) -> Config:
+        return replace(cfg, parallel=replace(cfg.parallel, **{knob: value}))
+
+    for knob, fast in (("fsdp_accumulate_whole", True), ("fsdp_reshard_after_forward", False)):
+        if getattr(cfg.parallel, knob) is None:
+            fits = predict_memory(asked(knob, fast), dtype, "fsdp", ranks).peak <= USABLE * memory_gib * GIB
+            cfg = asked(knob, fast if fits else not fast)
+    return cfg if adds_up(cfg, ranks) else asked("fsdp_accumulate_whole", False)
 
 
 def first_that_fits(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Strategy | None:

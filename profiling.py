@@ -136,6 +136,8 @@ def what_needs_less(cfg: Config, strategy: Strategy) -> list[str]:
         advice.append("--gradient_checkpointing")
     if strategy == "fsdp" and cfg.parallel.fsdp_accumulate_whole:
         advice.append("--fsdp_accumulate_whole=False")
+    if strategy == "fsdp" and not cfg.parallel.fsdp_reshard_after_forward:
+        advice.append("--fsdp_reshard_after_forward")
     return [*advice, f"a shorter --block_size (now {cfg.model.block_size:,})", "fewer or narrower layers"]
 
 

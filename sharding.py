@@ -343,7 +343,7 @@ class FullyShard(Layout):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.dtype != torch.float32:
             policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        reshard = self.cfg.fsdp_reshard_after_forward and not self.cfg.fsdp_accumulate_whole
+        reshard = self.cfg.fsdp_reshard_after_forward is not False and not self.cfg.fsdp_accumulate_whole
         rest, largest_share = set(model.parameters()), 0
         for unit in model.shard_units():
             own = list(unit.parameters())
@@ -441,6 +441,8 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
     if name == "fsdp" and steps > n:
         why += f", exchanging {'once a step' if cfg.parallel.fsdp_accumulate_whole else 'in each micro-step'}"
+    if name == "fsdp" and not cfg.parallel.fsdp_accumulate_whole:
+        why += f", gathering weights {'for each pass' if cfg.parallel.fsdp_reshard_after_forward else 'for both passes at once'}"
     exchange_by, why_not = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)
     if exchange_by == "copies":
         why += ", by the GPUs' copy engines"

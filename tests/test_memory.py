@@ -24,6 +24,7 @@ from memory import (
     GPU_MEMORY_GIB,
     LOGITS_BYTES,
     RING_BYTES,
+    USABLE,
     bytes_of,
     first_that_fits,
     head_copy,
@@ -32,6 +33,7 @@ from memory import (
     predict_memory,
     ring_bytes,
     rounded_elements,
+    settled,
     unit_parameters,
 )
 from model import Transformer
@@ -243,6 +245,24 @@ def test_fsdp_may_exchange_once_a_step():
     assert whole.peak - reduced.peak == 4 * n + whole.weight_copies - reduced.weight_copies
     # With one micro-step a rank nothing is added up.
     assert use("--fsdp_accumulate_whole", "--gradient_accumulation_steps=8").gradients == reduced.gradients
+
+
+def test_what_fsdp_holds_is_what_there_is_room_for():
+    def held(memory_gib: float, *knobs: str) -> tuple[bool | None, bool | None]:
+        parallel = settled(load_config([*LLAMA, *knobs]), "bfloat16", 8, memory_gib).parallel
+        return parallel.fsdp_accumulate_whole, parallel.fsdp_reshard_after_forward
+
+    def needed_gib(*knobs: str) -> float:
+        return predict_memory(load_config([*LLAMA, *knobs]), "bfloat16", "fsdp", 8).peak / GIB / USABLE
+
+    one, keep, whole = "--gradient_accumulation_steps=8", "--fsdp_reshard_after_forward=False", "--fsdp_accumulate_whole"
+    assert needed_gib(one) < needed_gib(one, keep) and needed_gib() < needed_gib(keep) < needed_gib(whole)
+    assert held(140) == (True, False) and held(1) == held(0, one) == (False, True)
+    assert held(1.001 * needed_gib(one, keep), one) == (False, False)
+    assert held(0.999 * needed_gib(one, keep), one) == (False, True)
+    assert held(0.999 * needed_gib(whole)) == (False, False)  # room for the weights, but not for the sums
+    assert held(140, "--fsdp_accumulate_whole=False", "--fsdp_reshard_after_forward") == (False, True)
+    assert held(1, whole, keep) == (True, False) and held(140, whole, one) == (False, False)
 
 
 @pytest.mark.parametrize(("memory_gib", "strategy"), [(140, "ddp"), (44, "zero1"), (31, "fsdp"), (23, None)])
