@@ -16,7 +16,7 @@ import json
 import statistics
 from pathlib import Path
 
-from loss_parity import losses_of
+from loss_parity import losses_of, run_command
 
 
 def window_means(losses: list[float], windows: int) -> list[float]:
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())

@@ -19,15 +19,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import ROOT, UserError, run_command
 
 
 def train(knobs: list[str], folder: str, name: str) -> list[float]:
-    """The loss of every step of a run."""
+    """The loss of every step of a run. Raises UserError where it does not come to its end."""
     out_dir = Path(folder) / name
     command = [sys.executable, str(ROOT / "train.py"), *knobs, f"--out_dir={out_dir}", "--run_name=run", "--log_interval=1"]
-    subprocess.run([*command, "--eval_interval=0", "--always_save_checkpoint=False"], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([*command, "--eval_interval=0", "--always_save_checkpoint=False"], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise UserError(f"the run {name} ended with exit code {done.returncode}: see above")
     records = json.loads((out_dir / "run_run.json").read_text())["training_iterations"]
     return [record["loss"] for record in records]
 
@@ -77,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())

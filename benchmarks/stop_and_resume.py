@@ -19,8 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import ROOT, UserError, load_config, run_command
 
 
 def start(knobs: list[str], out_dir: Path) -> subprocess.Popen[bytes]:
@@ -38,7 +39,10 @@ def losses(out_dir: Path) -> dict[int, float]:
 
 
 def train_with_stops(knobs: list[str], out_dir: Path, stop_steps: list[int]) -> None:
-    """One run to its end; the process is stopped at some moment after each of `stop_steps`, and started again."""
+    """One run to its end; the process is stopped at some moment after each of `stop_steps`, and started again.
+
+    Raises UserError where it ends in another way: SIGTERM ends a run with 143.
+    """
     for stop_step in stop_steps:
         before = len(losses(out_dir))
         process = start(knobs, out_dir)
@@ -47,8 +51,10 @@ def train_with_stops(knobs: list[str], out_dir: Path, stop_steps: list[int]) -> 
         process.send_signal(signal.SIGTERM)
         code = process.wait()
         print(f"stopped after step {max(losses(out_dir), default=0)}, exit code {code}", flush=True)
-        assert code == 143, "SIGTERM ends a run with 143"
-    assert start(knobs, out_dir).wait() == 0
+        if code != 143:
+            raise UserError("SIGTERM ends a run with 143: see above")
+    if code := start(knobs, out_dir).wait():
+        raise UserError(f"the run ended with exit code {code}: see above")
 
 
 def main() -> int:
@@ -59,7 +65,6 @@ def main() -> int:
     import torch
 
     from checkpoint import find_checkpoint
-    from configurator import load_config
 
     steps = load_config(knobs).optim.max_iters
     knobs += ["--log_interval=1"]
@@ -79,4 +84,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda argv: main())

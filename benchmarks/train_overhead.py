@@ -19,8 +19,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import ROOT, UserError, load_config, run_command
+
 WARMUP_STEPS = 20
 
 
@@ -29,7 +31,6 @@ def bare_loop(argv: list[str]) -> list[float]:
     import torch
 
     import kernels
-    from configurator import load_config
     from data.tokens import load_dataset
     from model import build_model
     from optim import build_optimizer
@@ -69,9 +70,16 @@ def bare_loop(argv: list[str]) -> list[float]:
     return spans_ms[WARMUP_STEPS:]
 
 
+def run(command: list[str]) -> None:
+    """Raises UserError where it does not come to its end."""
+    code = subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL).returncode
+    if code:
+        raise UserError(f"{Path(command[0]).name} ended with exit code {code}: see above")
+
+
 def train_loop(argv: list[str], out_dir: Path) -> list[float]:
     """Milliseconds of each step of train.py, from its own log: they include whatever the loop does between two steps."""
-    subprocess.run([sys.executable, str(ROOT / "train.py"), *argv], check=True, stdout=subprocess.DEVNULL)
+    run([str(ROOT / "train.py"), *argv])
     (path,) = out_dir.glob("run_*.json")
     return [record["time_ms"] for record in json.loads(path.read_text())["training_iterations"]][WARMUP_STEPS:]
 
@@ -111,7 +119,7 @@ def main() -> None:
         ]
         for number in range(args.rounds):
             result = scratch / f"bare_{number}.json"
-            subprocess.run([sys.executable, __file__, f"--bare={result}", *common], check=True)
+            run([__file__, f"--bare={result}", *common])
             bare.append(json.loads(result.read_text()))
             out_dir = scratch / f"out_{number}"
             train.append(train_loop([*common, f"--out_dir={out_dir}"], out_dir))
@@ -143,4 +151,4 @@ def report(bare: list[list[float]], train: list[list[float]], path: str | None) 
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from configurator import ROOT
 
 TINY = "--device=cpu --compile=False --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2".split()
@@ -32,3 +34,11 @@ def test_scaling(tmp_path: Path) -> None:
     rows = json.loads(figures.read_text())["rows"]
     assert [(row["ranks"], row["strategy"]) for row in rows] == [(1, "alone"), (2, "ddp"), (2, "zero1"), (2, "fsdp")]
     assert rows[0]["efficiency"] == 1 and all(row["of_slowest"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "program", ["loss_parity.py", "fp8_accuracy.py", "stop_and_resume.py", "throughput.py", "scaling.py", "simulation.py"]
+)
+def test_a_mistake_is_answered_in_a_line(program: str) -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / program, "nope.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "nope.py: no such config file" in done.stderr and "Traceback" not in done.stderr
