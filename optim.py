@@ -112,7 +112,7 @@ def update(
     """
     own = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     whole = gradients or Gradients(own, sum(g.numel() for g in own))
-    norm = torch.linalg.vector_norm(torch.stack(norms(whole.tensors)))
+    norm = torch.linalg.vector_norm(torch.stack(norms(whole.tensors) or [torch.zeros_like(scale)]))  # a rank may have no rows
     if whole.total is not None:
         norm = whole.total(norm.square()).sqrt()
     norm = norm / scale
@@ -137,7 +137,7 @@ def norms(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def gradient_moments(gradients: Gradients, norm: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation over all gradient elements; std^2 = norm^2 / n - mean^2."""
-    total = torch.stack([g.sum(dtype=torch.float32) for g in gradients.tensors]).sum()
+    total = torch.stack([g.sum(dtype=torch.float32) for g in gradients.tensors] or [torch.zeros_like(scale)]).sum()
     if gradients.total is not None:
         total = gradients.total(total)
     mean = total / scale / gradients.n_elements

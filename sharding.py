@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
 from exchange import Collectives, Copies, Wait, choose_exchange, own_rows, share_of
-from memory import GIB, USABLE, first_that_fits, predict_memory, settled
+from memory import GIB, USABLE, adds_up, first_that_fits, predict_memory, settled, unit_parameters
 from optim import Gradients
 from parallel import Ranks
 from precision import dtype_name
@@ -343,12 +343,11 @@ class FullyShard(Layout):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if self.dtype != torch.float32:
             policy = MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        reshard = self.cfg.fsdp_reshard_after_forward is not False and not self.cfg.fsdp_accumulate_whole
         rest, largest_share = set(model.parameters()), 0
         for unit in model.shard_units():
             own = list(unit.parameters())
             if sum(p.numel() for p in own) >= self.cfg.fsdp_min_num_params:
-                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+                fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=self.gathers_again)
                 rest, largest_share = rest.difference(own), max(largest_share, share_of(own, n))
         largest_share = max(largest_share, share_of(rest, n))
         # The rest has the head, which the backward pass wants first.
@@ -363,7 +362,12 @@ class FullyShard(Layout):
 
     @property
     def weights_arrive(self) -> Literal["once", "often"]:
-        return "once" if self.cfg.fsdp_accumulate_whole else "often"
+        return "often" if self.gathers_again else "once"
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether a block's weights are freed between its forward and its backward pass."""
+        return self.cfg.fsdp_reshard_after_forward is not False and not self.cfg.fsdp_accumulate_whole
 
     def attach(self, model: nn.Module) -> None:
         for unit in fsdp_units(model):
@@ -439,16 +443,24 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
     cfg, name, why = settled(cfg, dtype_name(dtype), n, memory_gib), asked, "as asked for"
     if asked == "auto":
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
-    if name == "fsdp" and steps > n:
-        why += f", exchanging {'once a step' if cfg.parallel.fsdp_accumulate_whole else 'in each micro-step'}"
-    if name == "fsdp" and not cfg.parallel.fsdp_accumulate_whole:
-        why += f", gathering weights {'for each pass' if cfg.parallel.fsdp_reshard_after_forward else 'for both passes at once'}"
+    if name == "fsdp":
+        why += how_often(cfg, n)
     exchange_by, why_not = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)
     if exchange_by == "copies":
         why += ", by the GPUs' copy engines"
     elif on_gpu:
         why += f", through NCCL ({why_not})"
     return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
+
+
+def how_often(cfg: Config, n_ranks: int) -> str:
+    """fsdp gathers weights and reduces gradients, for the report."""
+    parallel, said = cfg.parallel, ""
+    if adds_up(cfg, n_ranks):
+        said = f", exchanging {'once a step' if parallel.fsdp_accumulate_whole else 'in each micro-step'}"
+    if parallel.fsdp_accumulate_whole or unit_parameters(cfg.model) < parallel.fsdp_min_num_params:  # the root keeps its weights
+        return said
+    return f"{said}, gathering weights {'for each pass' if parallel.fsdp_reshard_after_forward else 'for both passes at once'}"
 
 
 def choose_by_memory(cfg: Config, dtype: torch.dtype, n_ranks: int, memory_gib: float) -> tuple[str, str]:

@@ -4,12 +4,12 @@
         [--peer transformer_engine:RECIPE] [--peer "nanotrain:--knob=value ..."] [--rounds=2] [--steps=40] [--profile]
         [--json=FILE]
 
-A step is one micro-batch of `batch_size` x `block_size` random tokens: forward, backward, clipping at 1.0, fused AdamW; bfloat16
-autocast over float32 weights, torch.compile. Each contestant runs in a process of its own, in the order A B A B; a figure is the
-median step of all rounds. Memory is what PyTorch has reserved on the GPU, at its peak during those steps. Peers run their own
-model code: nanoGPT's from a checkout at PATH, `transformers` and `torchtitan` as installed, Transformer Engine's TransformerLayer
-with RECIPE bf16, delayed or current; and ourselves with other knobs. `--profile` prints where our own step's time goes, kernel by
-kernel.
+A step is one micro-batch of `batch_size` x `block_size` random tokens: forward, backward, clipping at 1.0, fused AdamW; products
+in bfloat16, float32 weights (ours as masters of the blocks' matrices, peers' under autocast), torch.compile. Each contestant runs
+in a process of its own, in the order A B A B; a figure is the median step of all rounds. Memory is what PyTorch has reserved on
+the GPU, at its peak during those steps. Peers run their own model code: nanoGPT's from a checkout at PATH, `transformers` and
+`torchtitan` as installed, Transformer Engine's TransformerLayer with RECIPE bf16, delayed or current; and ourselves with other
+knobs. `--profile` prints where our own step's time goes, kernel by kernel.
 """
 
 from __future__ import annotations

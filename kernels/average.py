@@ -39,11 +39,14 @@ def average_(output: Tensor, own: Tensor, arrived: Tensor, factor: float, also: 
     others = {} if also is None else {"also": also}
     check_devices(output=output, own=own, arrived=arrived, **others)
     check_dtypes(own=own, arrived=arrived)
+    if arrived.dtype != own.dtype:
+        raise ValueError(f"arrived: expected {own.dtype} as own, got {arrived.dtype}")
     for name, tensor in {"output": output, **others}.items():
         if tensor.dtype != torch.float32:
             raise ValueError(f"{name}: expected float32, got {tensor.dtype}")
     for name, tensor in {"output": output, "own": own, "arrived": arrived, **others}.items():
-        if tensor.shape[-1:] != own.shape or tensor.ndim != 1 + (tensor is arrived) or tensor.stride(-1) != 1:
+        gaps = tensor.numel() > 1 and tensor.stride(-1) != 1
+        if tensor.shape[-1:] != own.shape or tensor.ndim != 1 + (tensor is arrived) or gaps:
             kind = "(parts, E)" if tensor is arrived else "(E,)"
             raise ValueError(f"{name}: expected {kind} without gaps, E = {own.numel()}, got {tuple(tensor.shape)}")
     if own.numel():

@@ -334,12 +334,20 @@ def test_a_run_goes_from_one_precision_to_the_other(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("parallel", ["ddp", "zero1", "fsdp"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        "--parallel=ddp",
+        "--parallel=zero1",
+        "--parallel=fsdp --fsdp_accumulate_whole",  # weights stay gathered behind an evaluation
+        "--parallel=fsdp --fsdp_accumulate_whole=False --fsdp_reshard_after_forward=False",
+        "--parallel=fsdp",
+    ],
+)
 def test_two_ranks_train_as_one(runs: Runs, parallel: str, dtype: str) -> None:
     """The ranks agree on scales, so one set is in the checkpoint."""
-    whole = "--fsdp_accumulate_whole"  # weights stay gathered behind an evaluation
-    flags = (*FP8, "--max_iters=4", "--fsdp_min_num_params=1", whole, "--gradient_accumulation_steps=4", "--eval_interval=1")
-    runs.run_ranks(2, "two", *flags, f"--parallel={parallel}", f"--dtype={dtype}")
+    flags = (*FP8, "--max_iters=4", "--fsdp_min_num_params=1", "--gradient_accumulation_steps=4", "--eval_interval=1")
+    runs.run_ranks(2, "two", *flags, *parallel.split(), f"--dtype={dtype}")
     runs.run("one", *flags, f"--dtype={dtype}")
     one, two = runs.losses("one"), runs.losses("two")
     assert two[1] == pytest.approx(one[1], rel=1e-5 if dtype == "float32" else 1e-3) and two[4] == pytest.approx(one[4], rel=5e-3)

@@ -10,7 +10,7 @@ from torch import nn
 
 from configurator import OptimConfig
 from kernels.reference import AdamW
-from optim import build_optimizer, describe_groups, learning_rate, optimizer_tensors, update
+from optim import Gradients, build_optimizer, describe_groups, learning_rate, optimizer_tensors, update
 
 ONE = torch.ones(())
 
@@ -104,6 +104,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     set_gradients(net)
     assert update(optimizer, cfg, 1e-3, ONE, with_moments=False).overflow == 0
     assert not torch.equal(before["matrix"], net.matrix)
+
+
+def test_a_rank_without_rows_takes_part():
+    """More ranks than a matrix has rows: the norm is the others', and so is its mean."""
+    rows = nn.Parameter(torch.empty(0, 7))
+    optimizer = build_optimizer([rows], config(), AdamW)
+    gradients = Gradients([], n_elements=12, total=lambda own: own + 6.0)
+    result = update(optimizer, config(), 1e-3, torch.ones(()), with_moments=True, gradients=gradients)
+    assert result.norm.item() == pytest.approx(6**0.5) and result.overflow.item() == 0
+    assert [moment.item() for moment in result.moments] == pytest.approx([0.5, 0.5])  # 6 / 12 each: std^2 = 6 / 12 - 0.5^2
 
 
 def test_vectors_do_not_decay_and_the_report_says_so():

@@ -95,6 +95,8 @@ def test_fsdp_by_other_knobs(knob: str, runs: Runs, saved: dict[tuple[int, str],
     n, out_dir = (4 if "hsdp" in knob else 2), knob.partition("=")[0]
     output = runs.run_ranks(n, out_dir, *SHAPE, "--use_fsdp", *f"--{knob}".split(), f"--max_iters={STEPS}")
     assert "Wrapping model with FSDP..." in output and "FSDP enabled with min_params=" in output
+    gathers = {"fsdp_reshard_after_forward": ["for both passes at once"], "hsdp_shard_size": ["for each pass"]}
+    assert re.findall("gathering weights (.*)$", output, flags=re.M) == gathers.get(out_dir, [])
     assert list(runs.losses(out_dir).values()) == pytest.approx(list(runs.losses(saved[1, "ddp"]).values()), rel=1e-6)
     runs.run(out_dir, *SHAPE, f"--max_iters={STEPS + 1}", "--resume=latest")
 
