@@ -117,6 +117,16 @@ def settled(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Con
     return cfg if adds_up(cfg, ranks) else asked("fsdp_accumulate_whole", False)
 
 
+def how_often(cfg: Config, ranks: int) -> list[str]:
+    """What reports say of fsdp in a `settled` configuration: when it reduces gradients, and when it gathers weights."""
+    parallel = cfg.parallel
+    exchanging = "exchanging once a step" if parallel.fsdp_accumulate_whole else "exchanging in each micro-step"
+    said = [exchanging] if adds_up(cfg, ranks) else []
+    if parallel.fsdp_accumulate_whole or unit_parameters(cfg.model) < parallel.fsdp_min_num_params:  # the root keeps its weights
+        return said
+    return [*said, f"gathering weights {'for each pass' if parallel.fsdp_reshard_after_forward else 'for both passes at once'}"]
+
+
 def first_that_fits(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Strategy | None:
     """The first of the strategies whose peak is usable memory of a GPU that has `memory_gib`; None where none is."""
     usable = USABLE * memory_gib * GIB

@@ -18,7 +18,18 @@ from typing import Any
 
 from configurator import Config, UserError, load_config, nearest
 from flops import PEAKS, Precision, count_parameters, flops_per_token, loss_prediction, peak_tflops
-from memory import GIB, GPU_MEMORY_GIB, USABLE, MemoryUse, Strategy, first_that_fits, predict_memory, settled, strategies_of
+from memory import (
+    GIB,
+    GPU_MEMORY_GIB,
+    USABLE,
+    MemoryUse,
+    Strategy,
+    first_that_fits,
+    how_often,
+    predict_memory,
+    settled,
+    strategies_of,
+)
 
 DEFAULT_GPU = "H200"
 UNKNOWN_VOCABULARY = 50_304  # GPT-2's, padded
@@ -154,7 +165,7 @@ def dtype_on(name: str, dtype: str) -> Precision:
 
 def memory_table(cfg: Config, dtype: Precision, gpus: int, memory_gib: float) -> list[str]:
     """A line for each strategy: GiB of one GPU by component, the peak of a step, and the largest micro-batch that fits."""
-    usable_gib, now = USABLE * memory_gib, settled(cfg, dtype, gpus, memory_gib)  # a larger batch may be settled otherwise
+    usable_gib, now = USABLE * memory_gib, settled(cfg, dtype, gpus, memory_gib)
     names = [field.name.replace("_", " ") for field in dataclasses.fields(MemoryUse)]
     lines = [
         f"memory of each GPU in GiB, for a compiled model; {usable_gib:.1f} of {memory_gib:g} GiB are usable",
@@ -170,9 +181,13 @@ def memory_table(cfg: Config, dtype: Precision, gpus: int, memory_gib: float) ->
             "parts add to more than the peak because they are not all there at the same moment:\n"
             "activations and logits are when the backward pass begins, all gradients when it ends"
         )
-    chosen = first_that_fits(now, dtype, gpus, memory_gib)
-    if chosen and gpus > 1 and cfg.parallel.asked == "auto":
-        lines.append(f"parallel=auto takes {chosen}")
+    chosen, asked = first_that_fits(now, dtype, gpus, memory_gib), cfg.parallel.asked
+    if gpus > 1 and (habits := how_often(now, gpus)):
+        lines.append(f"fsdp: {', '.join(habits)}; its largest batch_size is with the least that it may hold")
+    if gpus == 1 and asked in ("zero1", "fsdp"):
+        lines.append(f"one process shards nothing by {asked}: --num_gpus=N plans for several")
+    elif gpus > 1 and (chosen or asked != "auto"):
+        lines.append(f"parallel=auto takes {chosen}" if asked == "auto" else f"parallel={asked}, as asked for")
     if not chosen:
         recomputed = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, gradient_checkpointing=True))
         last = strategies_of(gpus)[-1]

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
 from exchange import Collectives, Copies, Wait, choose_exchange, own_rows, share_of
-from memory import GIB, USABLE, adds_up, first_that_fits, predict_memory, settled, unit_parameters
+from memory import GIB, USABLE, first_that_fits, how_often, predict_memory, settled
 from optim import Gradients
 from parallel import Ranks
 from precision import dtype_name
@@ -444,23 +444,13 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
     if asked == "auto":
         name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
     if name == "fsdp":
-        why += how_often(cfg, n)
+        why = ", ".join([why, *how_often(cfg, n)])
     exchange_by, why_not = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)
     if exchange_by == "copies":
         why += ", by the GPUs' copy engines"
     elif on_gpu:
         why += f", through NCCL ({why_not})"
     return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
-
-
-def how_often(cfg: Config, n_ranks: int) -> str:
-    """fsdp gathers weights and reduces gradients, for the report."""
-    parallel, said = cfg.parallel, ""
-    if adds_up(cfg, n_ranks):
-        said = f", exchanging {'once a step' if parallel.fsdp_accumulate_whole else 'in each micro-step'}"
-    if parallel.fsdp_accumulate_whole or unit_parameters(cfg.model) < parallel.fsdp_min_num_params:  # the root keeps its weights
-        return said
-    return f"{said}, gathering weights {'for each pass' if parallel.fsdp_reshard_after_forward else 'for both passes at once'}"
 
 
 def choose_by_memory(cfg: Config, dtype: torch.dtype, n_ranks: int, memory_gib: float) -> tuple[str, str]:

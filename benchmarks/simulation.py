@@ -6,8 +6,8 @@
 Builds the model as rank 0 of so many ranks by train.py's own layouts, takes a whole step but for the arithmetic, and adds up what
 the rank holds between its steps (parameters, AdamW's state), what its gradients take, and the bytes that it must send in a step,
 as a ring does: of an all-reduce of S bytes among n ranks 2 S (n-1)/n, of an all-gather into S or a reduce-scatter of S bytes
-S (n-1)/n. The peak is memory.py's prediction for a GPU, without the ring that copies between a host's GPUs take. Time is not
-simulated.
+S (n-1)/n. The peak is memory.py's prediction for a GPU, without the ring that copies between a host's GPUs take. What fsdp would
+hold for the sake of speed where memory allows it must be asked for by its knobs. Time is not simulated.
 """
 
 from __future__ import annotations

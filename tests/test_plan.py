@@ -53,6 +53,21 @@ def test_memory_is_the_predicted_one(strategy):
     assert row[8] == "yes"
 
 
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        ("--num_gpus=2", "fsdp: exchanging once a step; "),
+        ("--num_gpus=2", "parallel=auto takes ddp"),
+        ("--num_gpus=2 --gradient_accumulation_steps=2 --use_fsdp", "fsdp: gathering weights for both passes at once; "),
+        ("--num_gpus=8 --gpu=T4", "fsdp: exchanging in each micro-step, gathering weights for each pass; "),
+        ("--num_gpus=8 --gpu=T4 --use_zero1", "parallel=zero1, as asked for"),
+        ("--use_fsdp", "one process shards nothing by fsdp: --num_gpus=N plans for several"),
+    ],
+)
+def test_what_the_strategies_do_is_said(knobs, line):
+    assert f"\n{line}" in planned(*knobs.split())
+
+
 @pytest.mark.parametrize(("gpu", "strategy"), [("H200", "ddp"), ("RTX 4090", "zero1"), ("T4", "fsdp"), ("V100", "ddp")])
 def test_the_largest_batch_fits_and_the_next_does_not(gpu, strategy):
     knobs = ["--num_gpus=4", f"--gpu={gpu}"]
