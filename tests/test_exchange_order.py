@@ -271,7 +271,7 @@ def races(strategy: str, n: int, monkeypatch: pytest.MonkeyPatch, dtype: Any = F
     return trace.races()
 
 
-@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("n", [2, 3, 8])
 @pytest.mark.parametrize(
     ("strategy", "dtype"), [("ddp", FLOAT32), ("zero1", FLOAT32), ("ddp", BFLOAT16), ("zero1", BFLOAT16), ("fsdp", FLOAT32)]
 )
