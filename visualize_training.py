@@ -317,7 +317,8 @@ def mark_events(ax: Axes, run: Run) -> None:
         ax.plot(saved, [0.02] * len(saved), "|", color="0.35", markersize=8, transform=edge, label="checkpoint")
     if skipped:
         ax.plot(skipped, [0.97] * len(skipped), "x", color="crimson", markersize=6, transform=edge, label="skipped step")
-    for number, step in enumerate(sorted({event["iter"] for event in run.events if event["kind"] == "resume"})):
+    resumed = {event["iter"] for event in run.events if event["kind"] == "resume"}
+    for number, step in enumerate(sorted(step for step in resumed if step < run.steps["iter"][-1])):  # what went on from there
         ax.axvline(step, color=GREY, linestyle="--", linewidth=0.9, label=None if number else "resumed")
 
 
@@ -389,10 +390,10 @@ def draw_overlay(ax: Axes, runs: Sequence[Run], overlay: Overlay, smooth: int | 
         if overlay.column:
             lines.append((x, moving_mean(run.steps[overlay.column], window_of(run, smooth))))
             ax.plot(*thinned(*lines[-1]), color=color, linewidth=1.0, alpha=0.6 if overlay.evaluated else 1.0)
-        if overlay.evaluated:
-            at = np.interp(run.evaluations("iter"), run.steps["iter"], x)
-            lines.append((at, run.evaluations(overlay.evaluated)))
-            ax.plot(*lines[-1], "o-", color=color, linewidth=1.8, markersize=3.5)
+        if overlay.evaluated and run.best(overlay.evaluated) is not None:
+            at, y = np.interp(run.evaluations("iter"), run.steps["iter"], x), run.evaluations(overlay.evaluated)
+            ax.plot(at, y, "o-", color=color, linewidth=1.8, markersize=3.5)
+            lines.append((at, y) if overlay.column else (x, np.interp(x, at, y)))  # alone it counts between its points, too
     if overlay.evaluated:
         limit_to_later(ax, *lines)
     elif overlay.column == "global_norm":

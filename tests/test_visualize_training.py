@@ -185,7 +185,9 @@ def test_panels_without_a_figure_are_left_out(tmp_path: Path, drawn: list[Any], 
 
 
 def test_the_loss_panel_marks_what_happened(tmp_path: Path, drawn: list[Any]) -> None:
-    assert main([str(write_log(tmp_path)), "--smooth", "8"]) == 0
+    path = write_log(tmp_path)
+    TrainingLogger(Config(run=RunConfig(out_dir=str(tmp_path))), "a", 40).close("finished")  # resumed, and nothing left to do
+    assert main([str(path), "--smooth", "8"]) == 0
     loss = drawn[0].axes[0]
     names = [text.get_text() for text in loss.get_legend().get_texts()]
     best = "best: 4.3000 at step 40, 2.0000 bits per byte"
@@ -194,6 +196,7 @@ def test_the_loss_panel_marks_what_happened(tmp_path: Path, drawn: list[Any]) ->
     lines = {line.get_label(): list(line.get_xdata()) for line in loss.lines}
     assert lines[best] == [40]
     assert lines["checkpoint"] == [10, 20, 30, 40] and lines["skipped step"] == [20] and lines["resumed"] == [20, 20]
+    assert [line.get_linestyle() for line in loss.lines].count("--") == 1
 
 
 def test_the_loss_panel_shows_every_later_evaluation(tmp_path: Path, drawn: list[Any]) -> None:
@@ -241,6 +244,18 @@ def test_a_comparison_lies_beside_the_first_log_under_a_legend(tmp_path: Path, d
     assert [text.get_text().strip() for text in legend.get_texts()] == ["20261120_154630  2L", "named"]
     boxes = [ax.get_tightbbox() for ax in figure.axes if ax.get_title(loc="left")]
     assert len(boxes) == 5 and not any(legend.get_window_extent().overlaps(box) for box in boxes)
+
+
+@pytest.mark.parametrize("evaluations", [2, 3, 20])
+def test_the_validation_panel_shows_the_curve_however_few_its_points(tmp_path: Path, evaluations: int) -> None:
+    runs = [read_run(write_log(tmp_path, name)) for name in "abc"]
+    steps = np.linspace(0, 40, evaluations)
+    runs[0].eval_steps = runs[1].eval_steps = [{"iter": step, "val_bits_per_byte": 3 - step / 40} for step in steps]
+    runs[2].eval_steps = []
+    ax = Figure().subplots()
+    draw_overlay(ax, runs, Overlay("Validation", "bits per byte", None, "val_bits_per_byte"), 1)
+    low, high = ax.get_ylim()
+    assert len(ax.lines) == 2 and 1.5 < low < 2 and 3 < high < 3.5
 
 
 @pytest.mark.parametrize(("step_ms", "unit", "wall"), [(2_000, "s", 80), (6_000, "min", 4), (360_000, "h", 4)])
