@@ -2,8 +2,8 @@
 
 10,042 items of the validation set (Zellers et al. 2019). The score of an ending is the log-likelihood of its tokens behind the
 context: `acc` takes the highest, `acc_norm` the highest divided by the characters of the ending. Texts are cleaned and tokens cut
-as EleutherAI's lm-evaluation-harness does it, and the numbers are the same (benchmarks/hellaswag_agreement.py). It gives OpenAI's
-GPT-2 124 M acc 0.2892 and acc_norm 0.3114, and GPT-2 1.56 B 0.4004 and 0.5089.
+as EleutherAI's lm-evaluation-harness does it, and the numbers are the same (benchmarks/hellaswag_agreement.py). For OpenAI's
+GPT-2 124 M llm.c quotes the harness with acc 0.2892 and acc_norm 0.3114, for GPT-2 1.56 B with 0.4004 and 0.5089.
 
 The four endings of an item share its context, which is computed once: contexts of the same length go through the model together,
 and their keys and values serve the endings. Under torchrun the ranks share the items out.
