@@ -350,6 +350,8 @@ class StopRequest:
         if self.signal:
             os._exit(128 + number)
         self.signal = number
+        if not self.ranks.is_main:  # torchrun sends a signal to all of its ranks: one says so
+            return
         with suppress(OSError):  # stderr may be a pipe whose reader is gone: Ctrl-C ends a `| tee` as well
             os.write(2, f"{signal.Signals(number).name}: finishing the step, then saving\n".encode())  # print is not reentrant
 

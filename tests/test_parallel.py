@@ -69,6 +69,13 @@ def test_a_signal_asks_for_a_stop(number, code):
     assert stop and stop.exit_code == code and stop.reason == signal.Signals(number).name
 
 
+@pytest.mark.parametrize(("rank", "says"), [(0, "SIGUSR1: finishing the step, then saving\n"), (1, "")])
+def test_rank_0_says_that_it_was_signalled(rank, says, capfd):
+    stop = StopRequest(None, Ranks(rank, 2, CPU))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.code == signal.SIGUSR1 and capfd.readouterr().err == says
+
+
 def test_a_signal_is_heard_when_nobody_reads_stderr():
     """Ctrl-C ends the `tee` of `train.py 2>&1 | tee log` too: the stop must not become a BrokenPipeError."""
     read_end, write_end = os.pipe()
