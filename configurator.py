@@ -553,13 +553,17 @@ def convert(knob: Knob, given: Given) -> Any:
 
 def example(knob: Knob) -> str:
     if knob.type is bool:
-        return "True or False"
+        return "True, False or none" if knob.optional else "True or False"
     return repr(knob.default if knob.default is not None else knob.type(8))
 
 
 def unknown_knob(name: str, knobs: dict[str, Knob]) -> str:
     near = difflib.get_close_matches(name, [*knobs, *ALIASES], n=1)
-    return f"unknown knob '{name}'" + (f"; did you mean '{near[0]}'?" if near else "; --help lists all")
+    hint = f"did you mean '{near[0]}'?" if near else "--help lists all"
+    negated = knobs.get(name[3:].replace("-", "_")) if name.startswith(("no-", "no_")) else None
+    if negated and negated.type is bool:
+        hint = f"did you mean --{negated.name}=False?"
+    return f"unknown knob '{name}'; {hint}"
 
 
 def model_of_file(values: dict[str, Any], where: str) -> ModelConfig:
