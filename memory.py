@@ -113,7 +113,7 @@ def settled(cfg: Config, dtype: Precision, ranks: int, memory_gib: float) -> Con
     for knob, fast in (("fsdp_accumulate_whole", True), ("fsdp_reshard_after_forward", False)):
         if getattr(cfg.parallel, knob) is None:
             fits = predict_memory(asked(knob, fast), dtype, "fsdp", ranks).peak <= USABLE * memory_gib * GIB
-            cfg = asked(knob, fast if fits else not fast)
+            cfg = replace(asked(knob, fast if fits else not fast), origins=cfg.origins | {knob: "default"})  # `none` asks nothing
     return cfg if adds_up(cfg, ranks) else asked("fsdp_accumulate_whole", False)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import startup
+from configurator import load_config
 from data.loader import SampleOrder
 from hf_convert import export_model
+from memory import settled
 from pretrained import open_pretrained
 from tiny_runs import Runs
 
@@ -94,6 +96,12 @@ def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
     output = runs.run("out", "--profile=2:9", "--max_iters=10", "--resume=latest")
     assert "records nothing: this run goes on after step 8, up to 10" in output
     assert "--hsdp_shard_size is of fsdp: one process does not use it" in runs.run("hsdp", "--hsdp_shard_size=2", "--max_iters=1")
+
+
+@pytest.mark.parametrize(("value", "lines"), [("none", 0), ("True", 1), ("False", 1)])
+def test_a_knob_that_asks_for_nothing_is_not_idle(value: str, lines: int) -> None:
+    cfg = settled(load_config(["--vocab_size=64", f"--fsdp_accumulate_whole={value}"]), "bfloat16", 2, 140.0)
+    assert len(list(startup.idle_fsdp_knobs(cfg, "fsdp", one_micro_step=True))) == lines
 
 
 def test_a_run_of_many_epochs_says_so(runs: Runs) -> None:
