@@ -6,6 +6,7 @@ Each function here either finds everything in order or raises UserError, before 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import shutil
 import time
@@ -291,13 +292,21 @@ def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Che
         if checkpoint.iter >= (last := cfg.optim.max_iters) and writes:
             notes.append(f"nothing left to do: step {checkpoint.iter} of --max_iters={last}; a larger --max_iters goes on")
     elif cfg.checkpoint.resumes:
+        near = near_runs(out_dir)
         if not writes:
-            raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one")
-        notes.append(f"nothing saved in {out_dir} yet: starting from {cfg.checkpoint.pretrained or 'scratch'}")
+            raise UserError(f"--eval_only: {out_dir} holds no checkpoint; pass --out_dir=... of a run that saved one{near}")
+        notes.append(f"nothing saved in {out_dir} yet: starting from {cfg.checkpoint.pretrained or 'scratch'}{near}")
     replaces = is_own(cfg, checkpoint)
     if writes and (warning := check_free_space(out_dir, checkpoint_bytes(cfg.model), cfg.checkpoint, replaces)):
         notes.append(warning)
     return checkpoint, notes
+
+
+def near_runs(out_dir: Path) -> str:
+    """For a message: the folders beside out_dir that have a name like its own, and checkpoints."""
+    saved = {path.parent.name for folder in FOLDERS for path in out_dir.parent.glob(f"*/{folder}")} - {out_dir.name}
+    near = difflib.get_close_matches(out_dir.name, sorted(saved))
+    return f"; there are checkpoints in {', '.join(str(out_dir.with_name(name)) for name in near)}" if near else ""
 
 
 def is_own(cfg: Config, checkpoint: Checkpoint | None) -> bool:

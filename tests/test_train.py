@@ -447,10 +447,10 @@ def test_from_scratch_sets_an_earlier_run_aside(runs: Runs) -> None:
 
 
 def test_resume_latest_with_nothing_saved_starts_from_scratch(runs: Runs) -> None:
-    output = runs.run("out", "--resume=latest")
     runs.run("plain")
-    assert "nothing saved" in output and "starting from scratch" in output
-    assert runs.losses("out") == runs.losses("plain")
+    output = runs.run("plian", "--resume=latest")
+    assert "nothing saved" in output and f"starting from scratch; there are checkpoints in {runs.folder / 'plain'}\n" in output
+    assert runs.losses("plian") == runs.losses("plain")
 
 
 def test_resuming_a_finished_run_says_that_nothing_is_left(runs: Runs) -> None:
