@@ -4,7 +4,7 @@
     dx = dy W,  dW = dy^T x      (Micikevicius et al. 2022, "FP8 formats for deep learning")
 
 FP8_PRODUCTS run so in training; head, embeddings, norms, attention's own products and every evaluation stay in the run's
-dtype. Weights remain float32 and are rounded once a step (where fsdp gathers one again and again, at each use). A tensor with
+dtype. Weights remain float32 and are rounded once a step (where fsdp gathers one for each pass, at each use). A tensor with
 one scale is multiplied by 2^-margin largest / amax, with the amax of the last steps (`delayed`: one pass over the tensor) or its
 own (`current`: two). With `block` every 128 elements have a scale of their own (DeepSeek-V3, section 3.3.2).
 
@@ -88,7 +88,7 @@ def scale_of(amax: Tensor, dtype: torch.dtype, margin: int, otherwise: float) ->
 class Operands(NamedTuple):
     """What the products of a layer need beside its weight."""
 
-    copies: Quantized | None  # of the weight; None where it is gathered again and again, and rounded at each use
+    copies: Quantized | None  # of the weight; None where it is gathered for each pass, and rounded at each use
     scale_w: Tensor | None  # () for that; None where blocks have their own
     scale_x: Tensor  # delayed scales, ()
     scale_dy: Tensor

@@ -57,11 +57,11 @@ def plan_text(cfg: Config) -> str:
     cfg, train_tokens, notes = with_data(cfg)
     m, dtype = cfg.model, dtype_on(name, cfg.run.dtype)
     peak = peak_tflops(name, dtype)
-    micro_batch = f"{cfg.data.batch_size} x {m.block_size:,} tokens"
+    micro_batch, micro_steps = f"{cfg.data.batch_size} x {m.block_size:,} tokens", cfg.data.gradient_accumulation_steps // gpus
     figures = outlook(cfg, train_tokens, peak and peak * gpus)
     lines = [
         f"{m.architecture}: {count_parameters(m).total:,} parameters, {flops_per_token(m) / 1e9:.3f} GFLOPs a token",
-        f"{gpus} x {name}, {dtype}: {cfg.data.gradient_accumulation_steps // gpus} micro-steps of {micro_batch} on each",
+        f"{gpus} x {name}, {dtype}: {micro_steps} micro-step{'s' * (micro_steps > 1)} of {micro_batch} on each",
         *gpu_note(cfg.plan.gpu),
         *(["FP8 is planned as bfloat16, which takes more time and keeps larger activations"] if cfg.fp8.use_fp8 else []),
         "",
