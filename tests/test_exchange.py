@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import exchange
+import kernels
 import sharding
 from configurator import UserError, load_config
 from exchange import Collectives, Copies, all_gather_single, own_rows, share_of
-from kernels import GROUPS, choose
 from parallel import Ranks, start_ranks
 from tiny_runs import Main, Runs
 
@@ -114,7 +114,7 @@ def average_and_spread(argv: list[str]) -> None:
         device = ranks.device
         weights = [torch.zeros(shape, device=device) for shape in SHAPES]
         largest = max(share_of([weight], ranks.world_size) for weight in weights)
-        add = choose({name: "auto" for name in GROUPS}, device.type)[0].average_
+        add = kernels.choose(vars(cfg.kernels), device.type)[0].average_
         copies, collectives = Copies(ranks, largest, True, add, at_home=weights, gathers=True), Collectives(ranks)
         for step in range(20):
             generator = torch.Generator().manual_seed(100 * step + ranks.rank)
@@ -154,7 +154,7 @@ def average_without_a_break(argv: list[str]) -> None:
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
         shapes = [(1000, 2304), (6912, 1200), (77, 513), (4096, 4096), (1, 9)]
         largest = max(share_of([torch.empty(shape, device="meta")], ranks.world_size) for shape in shapes)
-        add = choose({name: "auto" for name in GROUPS}, "cuda")[0].average_
+        add = kernels.choose(vars(cfg.kernels), ranks.device.type)[0].average_
         copies, draw = Copies(ranks, largest, True, add, gathers=True), random.Random(ranks.rank)
         wrong = torch.zeros((), device=ranks.device, dtype=torch.int64)
         for number in range(300):
