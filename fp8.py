@@ -67,7 +67,8 @@ class Arithmetic:
         """
         if self.emulated:
             with torch.autocast(a[0].device.type, enabled=False):
-                return (restore(*a) @ restore(*b).t()).to(dtype)
+                # A copy: from an alias, which float32's would be, PyTorch 2.11 compiles gradients of zero.
+                return (restore(*a) @ restore(*b).t()).to(dtype, copy=True)
         fast = fast and self.recipe != "block"
         return torch._scaled_mm(a[0], b[0].t(), a[1], b[1].t(), out_dtype=dtype, use_fast_accum=fast)
 

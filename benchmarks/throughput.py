@@ -312,6 +312,7 @@ def main() -> None:
                 print(f"{name}: failed, exit code {done.returncode}", flush=True)
                 continue
             figures[name].append(json.loads(Path(folder, "figures.json").read_text()))
+            print(f"{name}: {statistics.median(figures[name][-1]['times_ms']):.2f} ms", flush=True)
     report({name: rounds for name, rounds in figures.items() if rounds}, cfg, args.json)
 
 
