@@ -412,6 +412,10 @@ def compile_model(
         return model
     say("compiling the model (--compile=False starts at once and runs slower)")
     t0_s, before = time.perf_counter(), random_state(device)
+    if cfg.run.deterministic:
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = True  # chooses no kernel by measuring, which may choose another when the run is resumed
     if ranks.world_size > 1:
         model.compile_units()
     forward = model if ranks.world_size > 1 else torch.compile(model)

@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch._inductor import config as inductor
 
 import startup
 from configurator import load_config
 from data.loader import SampleOrder
 from hf_convert import export_model
 from memory import settled
+from model import build_model
+from parallel import Ranks
 from pretrained import open_pretrained
 from tiny_runs import Runs
 
@@ -114,3 +118,13 @@ def test_a_run_of_many_epochs_says_so(runs: Runs) -> None:
 
 def test_knobs_that_do_something_are_not(runs: Runs) -> None:
     assert "note:" not in runs.run("out", "--profile=8:12", "--max_iters=8", "--warmup_iters=2", "--lr_decay_iters=8")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_deterministic_run_lets_no_measurement_choose_a_kernel(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward: forward)
+    sizes = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --vocab_size=32 --batch_size=1".split()
+    cfg, cpu = load_config([*sizes, "--compile=True", f"--deterministic={deterministic}"]), torch.device("cpu")
+    with inductor.patch(deterministic=False):
+        startup.compile_model(build_model(cfg.model, cpu, 1), cfg, torch.float32, Ranks(0, 1, cpu), print)
+        assert inductor.deterministic == deterministic
