@@ -206,6 +206,7 @@ class Fp8Config:
     fp8_recipe: Literal["delayed", "current", "block"] = "delayed"  # a scale from earlier steps, this tensor, 128 of its elements
     fp8_history: int = 16  # delayed: steps whose largest value sets the scale
     fp8_margin: int = 0  # delayed and current: binary digits of range that the scale leaves free
+    fp8_less_memory: bool = False  # delayed and current: weights without their transpose; delayed: SwiGLU's inputs kept in FP8
     fp8_required: bool = False  # where FP8 cannot run, stop instead of going on without it
     fp8_emulate: bool = False  # round as FP8 does and multiply in float32: for tests, on any machine, slow
     fp8_warn_percent: float = 1.0  # warn where more than this share of a step's values saturates or becomes 0
@@ -662,6 +663,9 @@ def impossible_combinations(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
     for flag in ("fp8_required", "fp8_emulate"):
         if vars(cfg.fp8)[flag] and not cfg.fp8.use_fp8:
             found.append(((flag, "use_fp8"), f"{flag} says how FP8 is used, and use_fp8 is False: pass --use_fp8 as well"))
+    if cfg.fp8.fp8_less_memory and cfg.fp8.fp8_recipe == "block":
+        text = "fp8_less_memory is of no use with fp8_recipe=block: each block has a scale of its own; pass --fp8_recipe=delayed"
+        found.append((("fp8_less_memory", "fp8_recipe"), text))
     if cfg.fp8.use_fp8 and cfg.run.dtype == "float16":
         found.append((("use_fp8", "dtype"), "use_fp8 and dtype=float16 do not go together; pass --dtype=bfloat16"))
     for flag, others in (("use_zero1", ("ddp",)), ("use_fsdp", ("ddp", "zero1"))):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from configurator import Config, Fp8Config, UserError
 from kernels import REFERENCE, Operations
-from kernels.reference import FP8_BLOCK, Quantized
+from kernels.reference import FP8_BLOCK, Kept, Quantized
 from precision import dtype_name
 
 FP8_PRODUCTS = ("attention.qkv", "attention.out", "ffn.up", "ffn.out")  # of a block
@@ -47,6 +47,7 @@ class Arithmetic:
     margin: int
     dtype: torch.dtype  # of what goes in and comes out
     emulated: bool
+    less_memory: bool
     ops: Operations
 
     def round(self, x: Tensor, dtype: torch.dtype, delayed_scale: Tensor, stats: Tensor) -> Quantized:
@@ -59,6 +60,11 @@ class Arithmetic:
     def rounded_weight(self, weight: Tensor, own: Operands) -> Quantized:
         """A gathered weight, unless this rank has it rounded all along."""
         return own.copies or self.ops.quantize(weight, E4M3, own.scale_w, own.stats_w)
+
+    def weight_columns(self, weight: Tensor, own: Operands) -> tuple[Tensor, Tensor]:
+        """Its transpose, which may not be kept, and the inverse scale: for the input's gradient."""
+        w = self.rounded_weight(weight, own)
+        return w.columns if w.columns.numel() else self.ops.transpose_bytes(w.rows), w.columns_inverse
 
     def multiply(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False) -> Tensor:
         """a b^T of rounded matrices (M, K) and (N, K), each with its inverse scales -> (M, N).
@@ -110,9 +116,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         own, arithmetic, (weight, *x) = ctx.own, ctx.arithmetic, ctx.saved_tensors
-        w = arithmetic.rounded_weight(weight, own)
         rounded = arithmetic.round(dy, E5M2, own.scale_dy, own.stats_dy)
-        dx = arithmetic.multiply(rounded[:2], w[2:], ctx.dtype)
+        dx = arithmetic.multiply(rounded[:2], arithmetic.weight_columns(weight, own), ctx.dtype)
         return dx, arithmetic.multiply(rounded[2:], x, weight.dtype), None, None
 
 
@@ -128,9 +133,12 @@ class Fp8Linear(nn.Linear):
 
     def round_weight(self) -> None:
         """Into the same memory each time, where a CUDA graph finds it."""
-        copies = self.arithmetic.ops.quantize(self.weight.detach(), E4M3, self.own.scale_w, self.own.stats_w, self.own.copies)
+        out, less = self.own.copies, self.arithmetic.less_memory
+        if out is not None and less:
+            out = out._replace(columns=out.rows.new_empty(out.rows.shape[::-1]))  # written with the rows, and dropped
+        copies = self.arithmetic.ops.quantize(self.weight.detach(), E4M3, self.own.scale_w, self.own.stats_w, out)
         if self.own.copies is None:
-            self.own = self.own._replace(copies=copies)
+            self.own = self.own._replace(copies=copies._replace(columns=copies.columns.new_empty(0)) if less else copies)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -146,21 +154,21 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w_up: Tensor, w_out: Tensor, up: Operands, out: Operands, arithmetic: Arithmetic) -> Tensor:
         rounded = arithmetic.round(x, E4M3, up.scale_x, up.stats_x)
         gate_up = arithmetic.multiply(rounded[:2], arithmetic.rounded_weight(w_up, up)[:2], arithmetic.dtype, fast=True)
-        hidden = arithmetic.ops.swiglu_quantize(gate_up, E4M3, out.scale_x, out.stats_x)
-        ctx.save_for_backward(w_up, w_out, gate_up, *rounded[2:])
-        ctx.up, ctx.out, ctx.arithmetic, ctx.dtype = up, out, arithmetic, x.dtype
+        hidden, kept = arithmetic.ops.swiglu_quantize(gate_up, E4M3, out.scale_x, out.stats_x, arithmetic.less_memory)
+        ctx.save_for_backward(w_up, w_out, *rounded[2:], *kept)
+        ctx.up, ctx.out, ctx.arithmetic, ctx.dtype, ctx.gate_dtype = up, out, arithmetic, x.dtype, gate_up.dtype
         w = arithmetic.rounded_weight(w_out, out)
         return arithmetic.multiply((hidden, out.scale_x.reciprocal()), w[:2], arithmetic.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        up, out, arithmetic, (w_up, w_out, gate_up, *x) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
+        up, out, arithmetic, (w_up, w_out, *x, gate_up, inverse) = ctx.up, ctx.out, ctx.arithmetic, ctx.saved_tensors
         d = arithmetic.round(dy, E5M2, out.scale_dy, out.stats_dy)
-        d_hidden = arithmetic.multiply(d[:2], arithmetic.rounded_weight(w_out, out)[2:], gate_up.dtype)
-        forward = E4M3, out.scale_x
-        d_up, hidden = arithmetic.ops.swiglu_backward_quantize(gate_up, d_hidden, E5M2, up.scale_dy, up.stats_dy, forward)
+        d_hidden = arithmetic.multiply(d[:2], arithmetic.weight_columns(w_out, out), ctx.gate_dtype)
+        kept, forward = Kept(gate_up, inverse), (E4M3, out.scale_x)
+        d_up, hidden = arithmetic.ops.swiglu_backward_quantize(kept, d_hidden, E5M2, up.scale_dy, up.stats_dy, forward)
         dw_out = arithmetic.multiply(d[2:], (hidden, out.scale_x.reciprocal()), w_out.dtype)
-        dx = arithmetic.multiply(d_up[:2], arithmetic.rounded_weight(w_up, up)[2:], ctx.dtype)
+        dx = arithmetic.multiply(d_up[:2], arithmetic.weight_columns(w_up, up), ctx.dtype)
         return dx, arithmetic.multiply(d_up[2:], x, w_up.dtype), dw_out, None, None, None
 
 
@@ -307,7 +315,8 @@ def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Opera
             raise UserError(f"--fp8_required: {reason}")
         return Fp8(cfg.fp8), [f"FP8 is left out, and products run in {dtype_name(dtype)}: {reason}"]
     emulated = cfg.fp8.fp8_emulate
-    arithmetic = Arithmetic(cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, REFERENCE if emulated else ops)
+    own_ops = REFERENCE if emulated else ops
+    arithmetic = Arithmetic(cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, cfg.fp8.fp8_less_memory, own_ops)
     # What a block's products read is near 1, with outliers; the loss is a mean over a step's tokens, so gradients start out near
     # 1 / tokens. Either may be a hundred times larger or smaller for the one step that this has to do.
     tokens = cfg.data.batch_size * cfg.data.gradient_accumulation_steps * cfg.model.block_size

@@ -32,7 +32,7 @@ def train(knobs: list[str], folder: str, name: str) -> list[float]:
     if done.returncode:
         raise UserError(f"the run {name} ended with exit code {done.returncode}: see above")
     records = json.loads((out_dir / "run_run.json").read_text())["training_iterations"]
-    return [record["loss"] for record in records]
+    return [round(record["loss"], 6) for record in records]
 
 
 def losses_of(runs: dict[str, list[str]], knobs: list[str], at_once: int) -> dict[str, list[float]]:

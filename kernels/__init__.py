@@ -20,7 +20,7 @@ GROUPS = {  # knob -> what it chooses
     "rope_kernel": ("rope", "rope_qkv_"),
     "cross_entropy_kernel": ("linear_cross_entropy",),
     "adamw_kernel": ("AdamW", "accumulate_", "average_"),
-    "fp8_kernel": ("quantize", "swiglu_quantize", "swiglu_backward_quantize"),
+    "fp8_kernel": ("quantize", "transpose_bytes", "swiglu_quantize", "swiglu_backward_quantize"),
 }
 
 
@@ -42,6 +42,7 @@ class Operations:
     accumulate_: Callable[..., Any]
     average_: Callable[..., Any]
     quantize: Callable[..., Any]
+    transpose_bytes: Callable[..., Any]
     swiglu_quantize: Callable[..., Any]
     swiglu_backward_quantize: Callable[..., Any]
 
@@ -72,11 +73,12 @@ def triton_kernels() -> Operations:
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.gelu import gelu, gelu_tanh
     from kernels.layer_norm import add_layer_norm, layer_norm
-    from kernels.quantize import quantize
+    from kernels.quantize import quantize, transpose_bytes
     from kernels.rms_norm import add_rms_norm, rms_norm
     from kernels.rope import rope, rope_qkv_
     from kernels.swiglu import swiglu
     from kernels.swiglu_quantize import swiglu_backward_quantize, swiglu_quantize
 
-    norms, fp8 = (layer_norm, rms_norm, add_layer_norm, add_rms_norm), (quantize, swiglu_quantize, swiglu_backward_quantize)
+    norms = layer_norm, rms_norm, add_layer_norm, add_rms_norm
+    fp8 = quantize, transpose_bytes, swiglu_quantize, swiglu_backward_quantize
     return Operations(*norms, swiglu, gelu, gelu_tanh, rope, rope_qkv_, linear_cross_entropy, AdamW, accumulate_, average_, *fp8)

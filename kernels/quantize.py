@@ -50,6 +50,7 @@ def fp8_limits(dtype: torch.dtype) -> tuple[float, float]:
 
 TILE = Tile(64, 64, 4)
 BLOCK_TILE = Tile(FP8_BLOCK, FP8_BLOCK, 16)
+BYTES_TILE = Tile(128, 256, 8)
 
 
 @triton.jit
@@ -192,6 +193,42 @@ def _kernel(
         store_columns(columns, [scaled(tl.div_rn(v, inverse_k), 1.0, LARGEST) for v in values], q, k, inside, Q)
         _note(stats, tl.max(amax_k), 4 * Q, K)
         _add_true(stats + 2, [(tl.abs(z[i]) <= HALF) & (values[i] != 0) for i in (0, 1, 2, 3)])
+
+
+@triton.jit
+def _transpose_kernel(rows, columns, Q, K, R: tl.constexpr, C: tl.constexpr):
+    """Bytes, four rows at once as in `_kernel`."""
+    q = (tl.program_id(0) * (R // 4) + tl.arange(0, R // 4)[:, None]).to(tl.int64)
+    k = (tl.program_id(1) * C + tl.arange(0, C)[None, :]).to(tl.int64)
+    inside = (q < Q) & (k < K)
+    x = rows + 4 * q * K + k
+    a, b, c, d = [tl.load(x + i * K, inside, 0).to(tl.int32) for i in (0, 1, 2, 3)]
+    words = columns.to(tl.pointer_type(tl.int32), bitcast=True) + tl.trans(k) * Q + tl.trans(q)
+    tl.store(words, tl.trans(a | (b << 8) | (c << 16) | (d << 24)), tl.trans(inside))
+
+
+@torch.library.custom_op("nanotrain::transpose_bytes", mutates_args=())
+def transpose_op(rows: Tensor) -> Tensor:
+    columns, (M, K) = transposed_output(rows), rows.shape
+    with torch.cuda.device_of(rows):
+        args = rows.view(torch.uint8), columns.view(torch.uint8), M // 4, K, BYTES_TILE.rows, BYTES_TILE.columns
+        _transpose_kernel[BYTES_TILE.grid(M, K)](*args, num_warps=BYTES_TILE.warps)
+    return columns
+
+
+@transpose_op.register_fake
+def transposed_output(rows: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[1], rows.shape[0])
+
+
+def transpose_bytes(rows: Tensor) -> Tensor:
+    """(M, K) in an FP8 dtype -> (K, M); M is a multiple of 4. Raises ValueError for a wrong shape, dtype or device."""
+    check_devices(rows=rows)
+    if rows.dtype not in FP8_DTYPES:
+        raise ValueError(f"rows: expected float8_e4m3fn or float8_e5m2, got {rows.dtype}")
+    if rows.ndim != 2 or rows.shape[0] % 4:
+        raise ValueError(f"rows: expected a matrix with a multiple of 4 rows, got shape {list(rows.shape)}")
+    return transpose_op(rows.contiguous())
 
 
 @torch.library.custom_op("nanotrain::quantize", mutates_args=("stats",))

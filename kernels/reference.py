@@ -181,22 +181,53 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor,
     return out or result
 
 
-def swiglu_quantize(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
-    """The rows of quantize(y) with y = swiglu(gate_up), rounded once: gate_up (M, 2F) -> (M, F)."""
-    return quantize(swiglu(gate_up.float()), dtype, scale, stats).rows
+def transpose_bytes(rows: Tensor) -> Tensor:
+    """(M, K) in an FP8 dtype -> (K, M)."""
+    return rows.t().contiguous()
+
+
+class Kept(NamedTuple):
+    """What SwiGLU's backward pass has of gate_up (M, 2F): itself, or rounded to e4m3 with a scale for each FP8_BLOCK of a row."""
+
+    values: Tensor
+    inverse: Tensor | None  # (M, 2 ceil(F / FP8_BLOCK)), those of gate before those of up: what the values are multiplied with
+
+
+def swiglu_quantize(
+    gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, keep_rounded: bool = False
+) -> tuple[Tensor, Kept]:
+    """The rows of quantize(y) with y = swiglu(gate_up), rounded once, gate_up (M, 2F) -> (M, F); and what to keep of gate_up."""
+    kept = _keep(gate_up.float()) if keep_rounded else Kept(gate_up, None)
+    return quantize(swiglu(gate_up.float()), dtype, scale, stats).rows, kept
+
+
+def _keep(gate_up: Tensor) -> Kept:
+    F_ = gate_up.shape[1] // 2
+    halves = [_round_blocks(F.pad(half, (0, -F_ % FP8_BLOCK)), torch.float8_e4m3fn) for half in gate_up.split(F_, dim=1)]
+    values, inverses = zip(*halves, strict=True)
+    return Kept(torch.cat([v[:, :F_] for v in values], dim=1), torch.cat(inverses, dim=1))
+
+
+def restore_kept(kept: Kept) -> Tensor:
+    """gate_up (M, 2F) in float32 again."""
+    if kept.inverse is None:
+        return kept.values.float()
+    halves = zip(kept.values.float().chunk(2, dim=1), kept.inverse.chunk(2, dim=1), strict=True)
+    return torch.cat([v * inverse.repeat_interleave(FP8_BLOCK, dim=1)[:, : v.shape[1]] for v, inverse in halves], dim=1)
 
 
 def swiglu_backward_quantize(
-    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y: tuple[torch.dtype, Tensor]
+    kept: Kept, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y: tuple[torch.dtype, Tensor]
 ) -> tuple[Quantized, Tensor]:
     """quantize(the gradient of gate_up), rounded once, and the columns of what swiglu_quantize gave with y's dtype and scale.
 
-    gate_up (M, 2F), dy (M, F) -> (M, 2F), (F, M).
+    gate_up (M, 2F), as it was kept, dy (M, F) -> (M, 2F), (F, M).
     """
-    gate, up = gate_up.float().chunk(2, dim=-1)  # (M, F) each
+    gate_up = restore_kept(kept)
+    gate, up = gate_up.chunk(2, dim=-1)  # (M, F) each
     sigmoid, d = gate.sigmoid(), dy.float()
     gradient = torch.cat((d * up * sigmoid * (1 + gate * (1 - sigmoid)), d * gate * sigmoid), dim=-1)
-    columns = _round(swiglu(gate_up.float()) * y[1], y[0]).t().contiguous()
+    columns = _round(swiglu(gate_up) * y[1], y[0]).t().contiguous()
     return quantize(gradient, dtype, scale, stats), columns
 
 

@@ -3,8 +3,9 @@
     forward   reads gate_up, writes y's rows: 2 x 2 + 1 = 5 bytes for an element of y
     backward  reads gate_up and dy, writes rows and columns of d_gate_up, and now y's columns: 2 x 2 + 2 + 2 + 2 + 1 = 11 bytes
 
-One after the other they move 28. The product behind y wants its columns in the backward pass only, where they cost no
-read: they are not kept meanwhile. Values go to FP8 from float32, without the rounding to gate_up's dtype in between.
+One after the other they move 28. Where gate_up itself is kept in FP8 the forward pass writes 2 bytes more, and the backward
+pass reads 2 less. The product behind y wants its columns in the backward pass only, where they cost no read: they are not kept
+meanwhile. Values go to FP8 from float32, without the rounding to gate_up's dtype in between.
 
 Legend: M rows, Q = M / 4, F width of gate, of up and of y.
 """
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from kernels.inputs import check_devices, check_dtypes
 from kernels.quantize import FP8_DTYPES, INTERPRETED, Tile, count, fp8_limits, load_four, scaled, store_columns, store_rows
-from kernels.reference import Quantized
+from kernels.reference import FP8_BLOCK, Kept, Quantized
 
-FORWARD_TILE = Tile(8, 512, 4)
-BACKWARD_TILE = Tile(32, 64, 2)
+KEPT_DTYPE = torch.float8_e4m3fn
+BLOCK = tl.constexpr(FP8_BLOCK)
+LEAST = tl.constexpr(1e-30)  # the largest of a block is taken to be no less: what is divided by it is a float32
+FORWARD_TILE, KEEPING_TILE = Tile(8, 512, 4), Tile(1, 2048, 4)  # the second where gate_up is kept in FP8
+BACKWARD_TILE, KEPT_TILE = Tile(32, 64, 2), Tile(32, 128, 4)
 
 
 @triton.jit
@@ -35,9 +39,10 @@ def _sigmoid(x):
 
 @triton.jit
 def _forward_kernel(
-    gate_up, scale, rows, stats, M, F, stride,
-    LARGEST: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    gate_up, scale, rows, kept, inverse, stats, M, F, stride, BLOCKS,
+    LARGEST: tl.constexpr, HALF: tl.constexpr, KEPT_LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """`kept` and `inverse` are None where gate_up is kept as it is; BLOCKS: of a row of gate, or of up."""
     m = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # (R, 1)
     k = tl.program_id(1) * C + tl.arange(0, C)[None, :]  # (1, C)
     inside = (m < M) & (k < F)
@@ -47,6 +52,21 @@ def _forward_kernel(
     y, factor = gate * _sigmoid(gate) * up, tl.load(scale)
     tl.store(rows + m * F + k, scaled(y, factor, LARGEST).to(rows.dtype.element_ty), inside)
     count(stats, (y,), factor, M, F, LARGEST, HALF)
+    if kept is not None:
+        block = (tl.program_id(1) * (C // BLOCK) + tl.arange(0, C // BLOCK)[None, :]).to(tl.int64)  # (1, C / BLOCK)
+        inside_blocks = (m < M) & (block < BLOCKS)
+        _keep(gate, kept + m * 2 * F + k, inside, inverse + m * 2 * BLOCKS + block, inside_blocks, KEPT_LARGEST, R, C)
+        _keep(up, kept + m * 2 * F + F + k, inside, inverse + (m * 2 + 1) * BLOCKS + block, inside_blocks, KEPT_LARGEST, R, C)
+
+
+@triton.jit
+def _keep(x, rows, inside, inverse, inside_blocks, LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """x (R, C), 0 outside, rounded with a scale for each BLOCK of a row, whose inverses are (R, C / BLOCK)."""
+    blocks = tl.reshape(x, (R, C // BLOCK, BLOCK))
+    amax = tl.maximum(tl.max(tl.abs(blocks), 2, keep_dims=True), LEAST)
+    z = scaled(blocks, LARGEST / amax, LARGEST)
+    tl.store(rows, tl.reshape(z, (R, C)).to(rows.dtype.element_ty), inside)
+    tl.store(inverse, tl.reshape(amax / LARGEST, (R, C // BLOCK)), inside_blocks)
 
 
 @triton.jit
@@ -59,16 +79,20 @@ def _derivatives(gate, up, d):
 
 @triton.jit
 def _backward_kernel(
-    gate_up, dy, scale, y_scale, rows, columns, y_columns, stats, Q, F, stride, dy_stride,
+    gate_up, inverse, dy, scale, y_scale, rows, columns, y_columns, stats, Q, F, stride, dy_stride, BLOCKS,
     LARGEST: tl.constexpr, HALF: tl.constexpr, Y_LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Three tiles, each as quantize's four: what is F columns apart has the same inputs, and so has y."""
+    """Three tiles, each as quantize's four: what is F columns apart has the same inputs, and so has y. C divides BLOCK."""
     q = tl.program_id(0) * (R // 4) + tl.arange(0, R // 4)[:, None]  # (R / 4, 1)
     k = tl.program_id(1) * C + tl.arange(0, C)[None, :]
     inside = (q < Q) & (k < F)
     q, k = q.to(tl.int64), k.to(tl.int64)
     x = gate_up + 4 * q * stride + k
     gate, up = load_four(x, stride, inside), load_four(x + F, stride, inside)  # (R / 4, C) each
+    if inverse is not None:
+        inverse += 4 * q * 2 * BLOCKS + tl.program_id(1) * C // BLOCK  # (R / 4, 1)
+        by_gate, by_up = load_four(inverse, 2 * BLOCKS, q < Q), load_four(inverse + BLOCKS, 2 * BLOCKS, q < Q)
+        gate, up = [gate[i] * by_gate[i] for i in (0, 1, 2, 3)], [up[i] * by_up[i] for i in (0, 1, 2, 3)]
     d = load_four(dy + 4 * q * dy_stride + k, dy_stride, inside)
     results = [_derivatives(gate[i], up[i], d[i]) for i in (0, 1, 2, 3)]
     d_gate, d_up = [r[0] for r in results], [r[1] for r in results]
@@ -84,72 +108,91 @@ def _backward_kernel(
 
 
 @torch.library.custom_op("nanotrain::swiglu_quantize", mutates_args=("stats",))
-def forward_op(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
-    rows = forward_output(gate_up, dtype, scale, stats)
-    (M, F), limits, tile = rows.shape, fp8_limits(dtype), FORWARD_TILE
+def forward_op(
+    gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, keep_rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y's rows, and what is kept of gate_up: nothing, and its inverse scales nothing, where that is gate_up itself."""
+    rows, *kept = forward_outputs(gate_up, dtype, scale, stats, keep_rounded)
+    (M, F), tile = rows.shape, KEEPING_TILE if keep_rounded else FORWARD_TILE
     with torch.cuda.device_of(gate_up):
         _forward_kernel[tile.grid(M, F)](
-            gate_up, scale, rows, stats, M, F, gate_up.stride(0), *limits, tile.rows, tile.columns, num_warps=tile.warps
-        )
-    return rows
+            gate_up, scale, rows, *(kept if keep_rounded else (None, None)), stats, M, F, gate_up.stride(0),
+            triton.cdiv(F, FP8_BLOCK), *fp8_limits(dtype), torch.finfo(KEPT_DTYPE).max, tile.rows, tile.columns,
+            num_warps=tile.warps,
+        )  # fmt: skip
+    return rows, *kept
 
 
 @forward_op.register_fake
-def forward_output(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2, dtype=dtype)
+def forward_outputs(
+    gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, keep_rounded: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, width = gate_up.shape
+    kept_rows = M if keep_rounded else 0
+    kept = gate_up.new_empty(kept_rows, width, dtype=KEPT_DTYPE)
+    inverse = gate_up.new_empty(kept_rows, 2 * triton.cdiv(width // 2, FP8_BLOCK), dtype=torch.float32)
+    return gate_up.new_empty(M, width // 2, dtype=dtype), kept, inverse
 
 
 @torch.library.custom_op("nanotrain::swiglu_backward_quantize", mutates_args=("stats",))
 def backward_op(
-    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y_dtype: torch.dtype, y_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns, y_columns = backward_outputs(gate_up, dy, dtype, scale, stats, y_dtype, y_scale)
-    (M, F), tile = dy.shape, BACKWARD_TILE
+    gate_up: Tensor, inverse: Tensor | None, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor,
+    y_dtype: torch.dtype, y_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, columns, y_columns = backward_outputs(gate_up, inverse, dy, dtype, scale, stats, y_dtype, y_scale)
+    (M, F), tile = dy.shape, BACKWARD_TILE if inverse is None else KEPT_TILE
     with torch.cuda.device_of(gate_up):
         _backward_kernel[tile.grid(M, F)](
-            gate_up, dy, scale, y_scale, rows, columns, y_columns, stats, M // 4, F, gate_up.stride(0), dy.stride(0),
-            *fp8_limits(dtype), torch.finfo(y_dtype).max, tile.rows, tile.columns, num_warps=tile.warps,
+            gate_up, inverse, dy, scale, y_scale, rows, columns, y_columns, stats, M // 4, F, gate_up.stride(0), dy.stride(0),
+            triton.cdiv(F, FP8_BLOCK), *fp8_limits(dtype), torch.finfo(y_dtype).max, tile.rows, tile.columns,
+            num_warps=tile.warps,
         )  # fmt: skip
     return rows, columns, y_columns
 
 
 @backward_op.register_fake
 def backward_outputs(
-    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y_dtype: torch.dtype, y_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    gate_up: Tensor, inverse: Tensor | None, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor,
+    y_dtype: torch.dtype, y_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     M, width = gate_up.shape
     outputs = gate_up.new_empty(M, width, dtype=dtype), gate_up.new_empty(width, M, dtype=dtype)
     return *outputs, gate_up.new_empty(width // 2, M, dtype=y_dtype)
 
 
-def swiglu_quantize(gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor) -> Tensor:
+def swiglu_quantize(
+    gate_up: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, keep_rounded: bool = False
+) -> tuple[Tensor, Kept]:
     """What reference.swiglu_quantize is: gate_up (M, 2F) float32, bfloat16 or float16 -> (M, F) in an FP8 dtype.
 
     Raises ValueError for a wrong shape, dtype or device.
     """
     _check(dtype, gate_up, scale=scale)
-    return forward_op(gate_up.contiguous(), dtype, scale, stats)
+    gate_up = gate_up.contiguous()
+    rows, *kept = forward_op(gate_up, dtype, scale, stats, keep_rounded)
+    return rows, Kept(*kept) if keep_rounded else Kept(gate_up, None)
 
 
 def swiglu_backward_quantize(
-    gate_up: Tensor, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y: tuple[torch.dtype, Tensor]
+    kept: Kept, dy: Tensor, dtype: torch.dtype, scale: Tensor, stats: Tensor, y: tuple[torch.dtype, Tensor]
 ) -> tuple[Quantized, Tensor]:
-    """What reference.swiglu_backward_quantize is: gate_up (M, 2F), dy (M, F) -> the gradient of gate_up, and y's columns."""
-    y_dtype, y_scale = y
+    """What reference.swiglu_backward_quantize is: of gate_up (M, 2F), dy (M, F) -> the gradient of gate_up, and y's columns."""
+    (gate_up, inverse), (y_dtype, y_scale) = kept, y
     _check(dtype, gate_up, scale=scale, y_scale=y_scale, dy=dy)
     check_dtypes(dy=dy)
     if gate_up.shape[0] % 4:
         raise ValueError(f"gate_up: expected a multiple of 4 rows, got shape {list(gate_up.shape)}")
     if dy.shape != (gate_up.shape[0], gate_up.shape[1] // 2):
         raise ValueError(f"dy: expected half the columns of gate_up's {list(gate_up.shape)}, got {list(dy.shape)}")
-    rows, columns, y_columns = backward_op(gate_up.contiguous(), dy.contiguous(), dtype, scale, stats, y_dtype, y_scale)
-    inverse = scale.reciprocal()
-    return Quantized(rows, inverse, columns, inverse), y_columns
+    rows, columns, y_columns = backward_op(gate_up.contiguous(), inverse, dy.contiguous(), dtype, scale, stats, y_dtype, y_scale)
+    d_inverse = scale.reciprocal()
+    return Quantized(rows, d_inverse, columns, d_inverse), y_columns
 
 
 def _check(dtype: torch.dtype, gate_up: Tensor, **others: Tensor) -> None:
     check_devices(gate_up=gate_up, **others)
-    check_dtypes(gate_up=gate_up)
+    if gate_up.dtype != KEPT_DTYPE:
+        check_dtypes(gate_up=gate_up)
     if gate_up.ndim != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected a matrix with an even number of columns, got shape {list(gate_up.shape)}")
     if dtype not in FP8_DTYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,12 +42,12 @@ def table(figures: Tensor, _: list[float]) -> Tensor:
     return figures[None]
 
 
-def build(recipe: str = "delayed", **knobs: object) -> tuple[Transformer, Fp8]:
+def build(recipe: str = "delayed", less_memory: bool = False, **knobs: object) -> tuple[Transformer, Fp8]:
     """A model with FP8 products, whose scales have seen one step."""
     cfg = Config(
         model=ModelConfig(**SHAPE | knobs),
         data=DataConfig(batch_size=2, gradient_accumulation_steps=1),
-        fp8=Fp8Config(use_fp8=True, fp8_emulate=True, fp8_recipe=recipe),
+        fp8=Fp8Config(use_fp8=True, fp8_emulate=True, fp8_recipe=recipe, fp8_less_memory=less_memory),
     )
     fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE)
     model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
@@ -108,8 +109,14 @@ def test_the_scale_of_nothing_or_nonsense() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
-@pytest.mark.parametrize("knobs", [{}, {"bias": True}, {"ffn_type": "standard"}], ids=str)
+@pytest.mark.parametrize(
+    ("recipe", "knobs"),
+    [
+        *itertools.product(["delayed", "current", "block"], [{}, {"bias": True}, {"ffn_type": "standard"}]),
+        *itertools.product(["delayed", "current"], [{"less_memory": True}]),
+    ],
+    ids=str,
+)
 def test_gradients_are_those_of_float32_up_to_rounding(recipe: str, knobs: dict[str, object]) -> None:
     """e4m3 rounds by up to 1/16, e5m2 by up to 1/8: a few per cent of a sum of many. A wrong operand is far off."""
     model, _ = build(recipe, **knobs)
@@ -149,6 +156,28 @@ def test_recomputing_a_block_changes_nothing(recipe: str) -> None:
     assert torch.equal(plain[1].history, recomputed[1].history)
 
 
+def test_less_memory() -> None:
+    """A weight has no transpose between its uses, which changes nothing; what SwiGLU keeps is rounded, which does."""
+    (plain, fp8), (less, less_fp8) = build(), build(less_memory=True)
+    for block in less.blocks:  # as two products
+        block.ffn.forward = lambda x, ffn=block.ffn: ffn.out(ffn.activation(ffn.up(x)))
+    for block in plain.blocks:
+        block.ffn.forward = lambda x, ffn=block.ffn: ffn.out(ffn.activation(ffn.up(x)))
+    assert all(linear.own.copies.columns.numel() == 0 for linear in less_fp8.linears)
+    less.load_state_dict(plain.state_dict())
+    for name in ("scale_x", "scale_dy"):  # of one step, whose gradients were not the same
+        torch._foreach_copy_([getattr(x.own, name) for x in less_fp8.linears], [getattr(x.own, name) for x in fp8.linears])
+    (loss, gradients), (other_loss, others) = backward(plain), backward(less)
+    assert loss == other_loss and all(map(torch.equal, gradients, others))
+    kept = []
+    whole, rounded = build()[0], build(less_memory=True)[0]
+    for model in (whole, rounded):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            backward(model)
+    half = len(kept) // 2
+    assert sum(kept[half:]) < 0.9 * sum(kept[:half])
+
+
 def test_weights_are_rounded_once_a_step() -> None:
     model, fp8 = build()
     for _ in range(3):  # micro-steps
@@ -163,8 +192,9 @@ def test_evaluation_is_in_full_precision() -> None:
     assert torch.equal(model.eval()(ids), exact(ids))
 
 
-def test_compiled_products_count_and_round_as_plain_ones() -> None:
-    model, fp8 = build(n_layer=1)
+@pytest.mark.parametrize("less_memory", [False, True])
+def test_compiled_products_count_and_round_as_plain_ones(less_memory: bool) -> None:
+    model, fp8 = build(less_memory=less_memory, n_layer=1)
     ffn, linear = model.blocks[0].ffn, fp8.linears[0]
     x = normal(32, 128).requires_grad_()
 
@@ -250,11 +280,17 @@ def test_why_not(flags: tuple[str, ...], reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--fp8_required",), ("--use_fp8", "--dtype=float16"), ("--use_fp8", "--fp8_recipe=delayd")], ids=str
+    ("flags", "answer"),
+    [
+        ("--fp8_required", "pass --use_fp8 as well"),
+        ("--use_fp8 --dtype=float16", "pass --dtype=bfloat16"),
+        ("--use_fp8 --fp8_recipe=delayd", "did you mean delayed"),
+        ("--use_fp8 --fp8_recipe=block --fp8_less_memory", "pass --fp8_recipe=delayed"),
+    ],
 )
-def test_impossible_flags(flags: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match=r"use_fp8|did you mean delayed"):
-        load_config(flags)
+def test_impossible_flags(flags: str, answer: str) -> None:
+    with pytest.raises(UserError, match=answer):
+        load_config(flags.split())
 
 
 def test_a_run_says_why_and_goes_on(runs: Runs) -> None:
@@ -294,7 +330,9 @@ def test_a_warning_is_told_once(runs: Runs) -> None:
     assert "in FP8" in output and output.count("warning: at step") == 1
 
 
-@pytest.mark.parametrize("flags", [("--dropout=0.1",), ("--gradient_checkpointing", "--fp8_recipe=current")], ids=str)
+@pytest.mark.parametrize(
+    "flags", [("--dropout=0.1",), ("--gradient_checkpointing", "--fp8_recipe=current"), ("--fp8_less_memory",)], ids=str
+)
 def test_stopped_and_resumed_bit_for_bit(runs: Runs, flags: tuple[str, ...]) -> None:
     flags = (
         *FP8,

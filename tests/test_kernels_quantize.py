@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from kernels import reference, triton_kernels
-from kernels.quantize import quantize
+from kernels.quantize import quantize, transpose_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -83,8 +83,8 @@ def test_products_of_the_hardware_are_the_emulated_ones(recipe: str, M: int, N: 
     """All three products' layouts, and both output dtypes."""
     from fp8 import Arithmetic
 
-    hardware = Arithmetic(recipe, 0, torch.bfloat16, False, triton_kernels())
-    emulated = Arithmetic(recipe, 0, torch.bfloat16, True, triton_kernels())
+    hardware = Arithmetic(recipe, 0, torch.bfloat16, False, False, triton_kernels())
+    emulated = Arithmetic(recipe, 0, torch.bfloat16, True, False, triton_kernels())
     scale, stats = torch.tensor(30.0, device=DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)
     x, w = (hardware.round(torch.randn(*shape, device=DEVICE), E4M3, scale, stats) for shape in ((M, K), (N, K)))
     dy = hardware.round(torch.randn(M, N, device=DEVICE), E5M2, scale, stats)
@@ -113,3 +113,20 @@ def test_bad_input_is_named(x: Tensor, dtype: torch.dtype, scale: float | None, 
     x = x if x.is_meta else x.to(DEVICE)
     with pytest.raises(ValueError, match=message):
         quantize(x, dtype, None if scale is None else torch.tensor(scale, device=DEVICE), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (132, 3), (128, 256), (260, 130)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_a_transpose_is_of_bytes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    columns = transpose_bytes(rows.view(dtype))
+    assert columns.dtype == dtype and torch.equal(columns.view(torch.uint8), rows.t())
+    assert torch.equal(columns.view(torch.uint8), reference.transpose_bytes(rows.view(dtype)).view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.zeros(4, 4), torch.zeros(6, 4).to(torch.float8_e5m2), torch.zeros(8).to(torch.float8_e5m2)]
+)
+def test_what_is_no_rounded_matrix_has_no_transpose(rows: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^rows"):
+        transpose_bytes(rows.to(DEVICE))

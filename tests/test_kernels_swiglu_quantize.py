@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # A last bit of float32 may decide a rounding; the interpreter moreover does not carry into the exponent where it rounds up.
 DIFFERING = 0.08 if DEVICE == "cpu" else 0.002  # largest share of the values
-SHAPES = [(4, 2), (16, 32), (72, 2 * 80), (128, 2 * 48)]
+SHAPES = [(4, 2), (16, 32), (72, 2 * 80), (128, 2 * 48), (8, 2 * 656)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -39,26 +39,40 @@ def assert_counts_agree(stats: Tensor, true_stats: Tensor) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 2), (70, 2 * 80), *SHAPES], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("keep_rounded", [False, True])
+def test_forward(shape: tuple[int, int], dtype: torch.dtype, keep_rounded: bool) -> None:
     x, scale = 3 * normal(*shape, dtype=dtype), torch.tensor(60.0, device=DEVICE)
     stats, true_stats = no_stats(), no_stats()
-    assert_agree(swiglu_quantize(x, E4M3, scale, stats), reference.swiglu_quantize(x, E4M3, scale, true_stats))
+    (got, kept), (want, true_kept) = (
+        swiglu_quantize(x, E4M3, scale, stats, keep_rounded),
+        reference.swiglu_quantize(x, E4M3, scale, true_stats, keep_rounded),
+    )
+    assert_agree(got, want)
     assert_counts_agree(stats, true_stats)
+    if keep_rounded:
+        assert_agree(kept.values, true_kept.values)
+        torch.testing.assert_close(kept.inverse, true_kept.inverse, rtol=1e-6, atol=0)
+        torch.testing.assert_close(reference.restore_kept(true_kept), x.float(), rtol=2**-4, atol=2e-2)
+    else:
+        assert torch.equal(kept.values, x) and kept.inverse is None
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_backward(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("keep_rounded", [False, True])
+def test_backward(shape: tuple[int, int], dtype: torch.dtype, keep_rounded: bool) -> None:
     x, dy = 3 * normal(*shape, dtype=dtype), normal(shape[0], shape[1] // 2, dtype=dtype, seed=1)
     scale, stats, true_stats = torch.tensor(1000.0, device=DEVICE), no_stats(), no_stats()
     forward = E4M3, torch.tensor(60.0, device=DEVICE)
-    got, y = swiglu_backward_quantize(x, dy, E5M2, scale, stats, forward)
-    want, true_y = reference.swiglu_backward_quantize(x, dy, E5M2, scale, true_stats, forward)
+    _, kept = reference.swiglu_quantize(x, *forward, no_stats(), keep_rounded)
+    got, y = swiglu_backward_quantize(kept, dy, E5M2, scale, stats, forward)
+    want, true_y = reference.swiglu_backward_quantize(kept, dy, E5M2, scale, true_stats, forward)
     for mine, truth in ((got.rows, want.rows), (got.columns, want.columns), (y, true_y)):
         assert_agree(mine, truth)
     assert torch.equal(got.rows_inverse, want.rows_inverse) and torch.equal(got.columns_inverse, want.columns_inverse)
     assert torch.equal(got.columns.float(), got.rows.t().float())
-    assert torch.equal(y.float(), swiglu_quantize(x, *forward, no_stats()).t().float())
+    if not keep_rounded:
+        assert torch.equal(y.float(), swiglu_quantize(x, *forward, no_stats())[0].t().float())
     assert_counts_agree(stats, true_stats)
 
 
@@ -66,13 +80,13 @@ def test_the_references_gradient_is_autograds() -> None:
     x, dy = normal(8, 32).double().requires_grad_(), normal(8, 16, seed=1)
     reference.swiglu(x.float()).backward(dy)
     scale = torch.tensor(64.0, device=DEVICE)
-    got, _ = reference.swiglu_backward_quantize(x.detach(), dy, E4M3, scale, no_stats(), (E4M3, scale))
+    got, _ = reference.swiglu_backward_quantize(reference.Kept(x.detach(), None), dy, E4M3, scale, no_stats(), (E4M3, scale))
     torch.testing.assert_close(got.rows.float() * got.rows_inverse, x.grad.float(), rtol=2**-4, atol=2**-15)
 
 
 def test_strides() -> None:
     x, scale = normal(64, 32).t(), torch.tensor(16.0, device=DEVICE)
-    assert_agree(swiglu_quantize(x, E4M3, scale, no_stats()), reference.swiglu_quantize(x, E4M3, scale, no_stats()))
+    assert_agree(swiglu_quantize(x, E4M3, scale, no_stats())[0], reference.swiglu_quantize(x, E4M3, scale, no_stats())[0])
 
 
 @pytest.mark.parametrize(
@@ -91,4 +105,4 @@ def test_bad_input_is_named(x: Tensor, dy: Tensor | None, message: str) -> None:
         if dy is None:
             swiglu_quantize(x, E4M3, scale, no_stats())
         else:
-            swiglu_backward_quantize(x, dy.to(DEVICE), E5M2, scale, no_stats(), (E4M3, scale))
+            swiglu_backward_quantize(reference.Kept(x, None), dy.to(DEVICE), E5M2, scale, no_stats(), (E4M3, scale))
