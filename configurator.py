@@ -660,7 +660,7 @@ def impossible_combinations(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
     if optim.decay_lr and optim.lr_schedule != "constant" and optim.min_lr > optim.learning_rate:
         text = f"min_lr={optim.min_lr} is above learning_rate={optim.learning_rate}; pass --min_lr={optim.learning_rate / 10:g}"
         found.append((("learning_rate", "min_lr"), text))
-    for flag in ("fp8_required", "fp8_emulate"):
+    for flag in ("fp8_required", "fp8_emulate", "fp8_less_memory"):
         if vars(cfg.fp8)[flag] and not cfg.fp8.use_fp8:
             found.append(((flag, "use_fp8"), f"{flag} says how FP8 is used, and use_fp8 is False: pass --use_fp8 as well"))
     if cfg.fp8.fp8_less_memory and cfg.fp8.fp8_recipe == "block":

@@ -320,7 +320,8 @@ def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Opera
     # What a block's products read is near 1, with outliers; the loss is a mean over a step's tokens, so gradients start out near
     # 1 / tokens. Either may be a hundred times larger or smaller for the one step that this has to do.
     tokens = cfg.data.batch_size * cfg.data.gradient_accumulation_steps * cfg.model.block_size
-    line = f"FP8 in {', '.join(FP8_PRODUCTS)} of each block, {cfg.fp8.fp8_recipe} scaling" + (", emulated" if emulated else "")
+    how = [f"{cfg.fp8.fp8_recipe} scaling", *["less memory"] * arithmetic.less_memory, *["emulated"] * emulated]
+    line = f"FP8 in {', '.join(FP8_PRODUCTS)} of each block, {', '.join(how)}"
     return Fp8(cfg.fp8, arithmetic, (16.0, float(tokens))), [line]
 
 

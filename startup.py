@@ -415,7 +415,7 @@ def compile_model(
     if cfg.run.deterministic:
         from torch._inductor import config as inductor
 
-        inductor.deterministic = True  # chooses no kernel by measuring, which may choose another when the run is resumed
+        inductor.deterministic = True  # no measurement, which may turn out otherwise later, decides how a sum is computed
     if ranks.world_size > 1:
         model.compile_units()
     forward = model if ranks.world_size > 1 else torch.compile(model)

@@ -17,9 +17,11 @@ import json
 import statistics
 from pathlib import Path
 
-from loss_parity import losses_of, run_command
+from loss_parity import losses_of  # which finds the project
 
-PLAIN = "bfloat16"
+from configurator import UserError, load_config, run_command
+
+PLAIN, PLAIN_KNOBS = "without FP8", ["--use_fp8=False", "--fp8_required=False", "--fp8_less_memory=False"]
 
 
 def window_means(losses: list[float], windows: int) -> list[float]:
@@ -34,10 +36,10 @@ Losses = dict[str, list[list[float]]]  # by setting: those of each seed
 def print_table(losses: Losses, n_windows: int) -> None:
     plain, *others = ([window_means(run, n_windows) for run in runs] for runs in losses.values())  # (seeds, windows) each
     n_steps = len(losses[PLAIN][0])
-    print(f"{'to step':>8s} {PLAIN:>10s} {'spread':>8s}" + "".join(f"{name:>34s}" for name in list(losses)[1:]))
+    print(f"{'to step':>8s} {PLAIN:>12s} {'spread':>8s}" + "".join(f"{name:>34s}" for name in list(losses)[1:]))
     for i in range(n_windows):
         base = [run[i] for run in plain]
-        row = f"{round((i + 1) * n_steps / n_windows):8d} {statistics.mean(base):10.5f} {max(base) - min(base):8.5f}"
+        row = f"{round((i + 1) * n_steps / n_windows):8d} {statistics.mean(base):12.5f} {max(base) - min(base):8.5f}"
         for runs in others:
             shifts = [run[i] - without for run, without in zip(runs, base, strict=True)]
             row += f"{statistics.mean(shifts):+14.5f} ({min(shifts):+.5f}, {max(shifts):+.5f})"
@@ -45,24 +47,23 @@ def print_table(losses: Losses, n_windows: int) -> None:
 
 
 def draw(losses: Losses, path: Path) -> None:
-    """What each recipe adds to the loss, the mean over the seeds, beside each seed's distance from their mean without FP8."""
+    """What each recipe adds to a seed's loss, and the mean of that, beside how far the seeds are apart without FP8."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes, n_steps = figure.subplots(), len(losses[PLAIN][0])
     n_windows = min(50, n_steps)
     steps = [n_steps * (i + 0.5) / n_windows for i in range(n_windows)]
-
-    def mean(runs: list[list[float]]) -> list[float]:
-        return [statistics.mean(at) for at in zip(*runs, strict=True)]
-
-    means = {name: [window_means(run, n_windows) for run in runs] for name, runs in losses.items()}
-    base = mean(means[PLAIN])
-    lines = [(f"{PLAIN}, each seed" if n == 0 else None, run, "0.7") for n, run in enumerate(means.pop(PLAIN))]
-    for label, run, color in [*lines, *((name, mean(runs), None) for name, runs in means.items())]:
-        axes.plot(steps, [loss - without for loss, without in zip(run, base, strict=True)], label=label, color=color)
+    plain, *others = ([window_means(run, n_windows) for run in runs] for runs in losses.values())  # (seeds, windows) each
+    distances = [[loss - statistics.mean(at) for loss in at] for at in zip(*plain, strict=True)]  # (windows, seeds)
+    axes.fill_between(steps, list(map(min, distances)), list(map(max, distances)), color="0.9", label=f"{PLAIN}, all seeds")
+    for number, (name, runs) in enumerate(zip(list(losses)[1:], others, strict=True)):
+        shifts = [[a - b for a, b in zip(run, base, strict=True)] for run, base in zip(runs, plain, strict=True)]
+        for shift in shifts:
+            axes.plot(steps, shift, color=f"C{number}", linewidth=0.6, alpha=0.5)
+        axes.plot(steps, list(map(statistics.mean, zip(*shifts, strict=True))), color=f"C{number}", label=name)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="step", ylabel=f"loss minus the mean of {PLAIN}")
+    axes.set(xlabel="step", ylabel=f"loss minus that {PLAIN}")
     axes.legend()
     figure.savefig(path, dpi=150)
 
@@ -78,7 +79,10 @@ def main() -> None:
     args, given = parser.parse_known_args()
     knobs = [knob for knob in given if not knob.startswith("--fp8_emulate")]
     emulate = [knob for knob in given if knob.startswith("--fp8_emulate")]
-    settings = {PLAIN: []}
+    steps = load_config([*knobs, *PLAIN_KNOBS]).optim.max_iters
+    if not 0 < args.windows <= steps:
+        raise UserError(f"--windows={args.windows} cuts {steps:,} steps into windows; pass 1 to {steps:,}")
+    settings = {PLAIN: PLAIN_KNOBS}
     for recipe in args.recipes:
         name, _, own = recipe.partition(":")
         settings[recipe] = ["--use_fp8", "--fp8_required", *emulate, f"--fp8_recipe={name}", *own.split()]

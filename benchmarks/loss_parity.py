@@ -24,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import ROOT, UserError, run_command
 
 
-def train(knobs: list[str], folder: str, name: str) -> list[float]:
+def train(knobs: list[str], out_dir: Path) -> list[float]:
     """The loss of every step of a run. Raises UserError where it does not come to its end."""
-    out_dir = Path(folder) / name
     command = [sys.executable, str(ROOT / "train.py"), *knobs, f"--out_dir={out_dir}", "--run_name=run", "--log_interval=1"]
     done = subprocess.run([*command, "--eval_interval=0", "--always_save_checkpoint=False"], stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise UserError(f"the run {name} ended with exit code {done.returncode}: see above")
+        raise UserError(f"train.py {' '.join(knobs)} ended with exit code {done.returncode}: see above")
     records = json.loads((out_dir / "run_run.json").read_text())["training_iterations"]
     return [round(record["loss"], 6) for record in records]
 
@@ -38,7 +37,8 @@ def train(knobs: list[str], folder: str, name: str) -> list[float]:
 def losses_of(runs: dict[str, list[str]], knobs: list[str], at_once: int) -> dict[str, list[float]]:
     """The losses of runs that have `knobs` in common, and knobs of their own by name; so many of them share the machine."""
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-        futures = {name: pool.submit(train, knobs + own, folder, name.replace(" ", "-")) for name, own in runs.items()}
+        numbered = enumerate(runs.items())
+        futures = {name: pool.submit(train, [*knobs, *own], Path(folder, str(n))) for n, (name, own) in numbered}
         return {name: future.result() for name, future in futures.items()}
 
 

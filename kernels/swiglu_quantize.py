@@ -167,6 +167,7 @@ def swiglu_quantize(
 
     Raises ValueError for a wrong shape, dtype or device.
     """
+    check_dtypes(gate_up=gate_up)
     _check(dtype, gate_up, scale=scale)
     gate_up = gate_up.contiguous()
     rows, *kept = forward_op(gate_up, dtype, scale, stats, keep_rounded)
@@ -178,8 +179,12 @@ def swiglu_backward_quantize(
 ) -> tuple[Quantized, Tensor]:
     """What reference.swiglu_backward_quantize is: of gate_up (M, 2F), dy (M, F) -> the gradient of gate_up, and y's columns."""
     (gate_up, inverse), (y_dtype, y_scale) = kept, y
-    _check(dtype, gate_up, scale=scale, y_scale=y_scale, dy=dy)
+    _check(dtype, gate_up, scale=scale, y_scale=y_scale, dy=dy, inverse=inverse)
     check_dtypes(dy=dy)
+    if inverse is None:
+        check_dtypes(gate_up=gate_up)
+    else:
+        _check_inverse(inverse, gate_up)
     if gate_up.shape[0] % 4:
         raise ValueError(f"gate_up: expected a multiple of 4 rows, got shape {list(gate_up.shape)}")
     if dy.shape != (gate_up.shape[0], gate_up.shape[1] // 2):
@@ -189,11 +194,18 @@ def swiglu_backward_quantize(
     return Quantized(rows, d_inverse, columns, d_inverse), y_columns
 
 
-def _check(dtype: torch.dtype, gate_up: Tensor, **others: Tensor) -> None:
+def _check(dtype: torch.dtype, gate_up: Tensor, **others: Tensor | None) -> None:
     check_devices(gate_up=gate_up, **others)
-    if gate_up.dtype != KEPT_DTYPE:
-        check_dtypes(gate_up=gate_up)
     if gate_up.ndim != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected a matrix with an even number of columns, got shape {list(gate_up.shape)}")
     if dtype not in FP8_DTYPES:
         raise ValueError(f"dtype: expected float8_e4m3fn or float8_e5m2, got {dtype}")
+
+
+def _check_inverse(inverse: Tensor, gate_up: Tensor) -> None:
+    if gate_up.dtype != KEPT_DTYPE:
+        raise ValueError(f"gate_up: expected {KEPT_DTYPE}, as it has inverse scales, got {gate_up.dtype}")
+    shape = (gate_up.shape[0], 2 * triton.cdiv(gate_up.shape[1] // 2, FP8_BLOCK))
+    if inverse.shape != shape or inverse.dtype != torch.float32 or not inverse.is_contiguous():
+        got = f"{list(inverse.shape)}, {inverse.dtype}, strides {inverse.stride()}"
+        raise ValueError(f"inverse: expected shape {list(shape)}, float32, contiguous, got {got}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from configurator import ROOT
+from tiny_runs import Runs
 
 TINY = "--device=cpu --compile=False --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2".split()
 
@@ -34,6 +35,26 @@ def test_scaling(tmp_path: Path) -> None:
     rows = json.loads(figures.read_text())["rows"]
     assert [(row["ranks"], row["strategy"]) for row in rows] == [(1, "alone"), (2, "ddp"), (2, "zero1"), (2, "fsdp")]
     assert rows[0]["efficiency"] == 1 and all(row["of_slowest"] > 0 for row in rows)
+
+
+def test_fp8_accuracy(tmp_path: Path) -> None:
+    Runs(tmp_path)  # writes a dataset
+    steps = "--max_iters=4 --warmup_iters=1 --lr_decay_iters=4 --learning_rate=0.01 --gradient_accumulation_steps=1".split()
+    flags = [*TINY, *steps, "--ffn_type=swiglu", "--dataset=tiny", f"--data_dir={tmp_path}/data", "--fp8_emulate"]
+    seeds = ["--seeds", "1", "2", "--recipes", "delayed", "delayed:--fp8_less_memory", "--windows=2", "--at_once=2"]
+    json_file, figure = tmp_path / "losses.json", tmp_path / "figure.png"
+    lines = run("fp8_accuracy.py", *flags, *seeds, f"--json={json_file}", f"--figure={figure}").splitlines()
+    losses = json.loads(json_file.read_text())["losses"]
+    assert [*losses] == [f"{name}, seed {n}" for name in ("without FP8", "delayed", "delayed:--fp8_less_memory") for n in (1, 2)]
+    assert len({tuple(values) for values in losses.values()}) == 6
+    last = {name: sum(values[2:]) / 2 for name, values in losses.items()}  # the second window
+    plain, shifts = [last[f"without FP8, seed {n}"] for n in (1, 2)], [last[f"delayed, seed {n}"] for n in (1, 2)]
+    shifts = [a - b for a, b in zip(shifts, plain, strict=True)]
+    steps, mean, spread, shift, *_ = lines[-1].split()
+    assert (int(steps), float(mean)) == (4, pytest.approx(sum(plain) / 2, abs=1e-5))
+    assert float(spread) == pytest.approx(abs(plain[0] - plain[1]), abs=1e-5)
+    assert float(shift) == pytest.approx(sum(shifts) / 2, abs=1e-5)
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,9 @@ def test_which_products_run_in_fp8() -> None:
     assert dict(model.named_parameters()).keys() == dict(Transformer(model.cfg).named_parameters()).keys()
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "current", "block"])
-def test_recomputing_a_block_changes_nothing(recipe: str) -> None:
-    plain, recomputed = build(recipe), build(recipe, gradient_checkpointing=True)
+@pytest.mark.parametrize(("recipe", "less_memory"), [("delayed", False), ("current", False), ("block", False), ("delayed", True)])
+def test_recomputing_a_block_changes_nothing(recipe: str, less_memory: bool) -> None:
+    plain, recomputed = build(recipe, less_memory), build(recipe, less_memory, gradient_checkpointing=True)
     for (loss, gradients), (other_loss, others) in [(backward(plain[0]), backward(recomputed[0]))]:
         assert loss == other_loss and all(map(torch.equal, gradients, others))
     plain[1].finish_step(), recomputed[1].finish_step()
@@ -283,6 +283,7 @@ def test_why_not(flags: tuple[str, ...], reason: str) -> None:
     ("flags", "answer"),
     [
         ("--fp8_required", "pass --use_fp8 as well"),
+        ("--fp8_less_memory", "pass --use_fp8 as well"),
         ("--use_fp8 --dtype=float16", "pass --dtype=bfloat16"),
         ("--use_fp8 --fp8_recipe=delayd", "did you mean delayed"),
         ("--use_fp8 --fp8_recipe=block --fp8_less_memory", "pass --fp8_recipe=delayed"),
@@ -380,13 +381,16 @@ def test_a_run_goes_from_one_precision_to_the_other(runs: Runs) -> None:
         "--parallel=fsdp --fsdp_accumulate_whole",  # weights stay gathered behind an evaluation
         "--parallel=fsdp --fsdp_accumulate_whole=False --fsdp_reshard_after_forward=False",
         "--parallel=fsdp",
+        "--parallel=zero1 --fp8_less_memory",
+        "--parallel=fsdp --fp8_less_memory",
+        "--parallel=fsdp --fsdp_reshard_after_forward=False --fp8_less_memory",
     ],
 )
 def test_two_ranks_train_as_one(runs: Runs, parallel: str, dtype: str) -> None:
     """The ranks agree on scales, so one set is in the checkpoint."""
     flags = (*FP8, "--max_iters=4", "--fsdp_min_num_params=1", "--gradient_accumulation_steps=4", "--eval_interval=1")
     runs.run_ranks(2, "two", *flags, *parallel.split(), f"--dtype={dtype}")
-    runs.run("one", *flags, f"--dtype={dtype}")
+    runs.run("one", *flags, f"--dtype={dtype}", f"--fp8_less_memory={'less' in parallel}")
     one, two = runs.losses("one"), runs.losses("two")
     assert two[1] == pytest.approx(one[1], rel=1e-5 if dtype == "float32" else 1e-3) and two[4] == pytest.approx(one[4], rel=5e-3)
     alone, shared = (fp8_tensors(runs, name)["fp8.amax_history"][0] for name in ("one", "two"))  # of the last step

@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # A last bit of float32 may decide a rounding; the interpreter moreover does not carry into the exponent where it rounds up.
 DIFFERING = 0.08 if DEVICE == "cpu" else 0.002  # largest share of the values
-SHAPES = [(4, 2), (16, 32), (72, 2 * 80), (128, 2 * 48), (8, 2 * 656)]
+SHAPES = [(4, 2), (16, 32), (72, 2 * 80), (128, 2 * 48), (8, 2 * 656), (4, 2 * 2049), (4, 2 * 4226)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -89,20 +89,50 @@ def test_strides() -> None:
     assert_agree(swiglu_quantize(x, E4M3, scale, no_stats())[0], reference.swiglu_quantize(x, E4M3, scale, no_stats())[0])
 
 
+def test_what_is_kept_of_zeros() -> None:
+    """Rows and blocks without another number have a scale, and do not touch their neighbours."""
+    x, scale = 3 * normal(8, 2 * 300, dtype=torch.bfloat16), torch.tensor(60.0, device=DEVICE)
+    x[2], x[:, 128:256] = 0, 0
+    _, kept = swiglu_quantize(x, E4M3, scale, no_stats(), True)
+    back = reference.restore_kept(kept)
+    assert (kept.inverse > 0).all()
+    assert torch.equal(back[x == 0], x[x == 0].float())
+    assert ((back - x).abs() > 2e-2 + 2**-4 * x.abs()).float().mean() <= DIFFERING
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter converts NaN to a number")
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_kept_of_no_number_is_none(value: float) -> None:
+    x, scale = 3 * normal(8, 2 * 300, dtype=torch.bfloat16), torch.tensor(60.0, device=DEVICE)
+    x[3, 7] = value
+    back = reference.restore_kept(swiglu_quantize(x, E4M3, scale, no_stats(), True)[1])
+    assert not back[3, 7].isfinite() and back[3, 128:].isfinite().all() and back[4:].isfinite().all()
+
+
+BYTES = torch.zeros(4, 4, dtype=E4M3)
+
+
 @pytest.mark.parametrize(
-    ("x", "dy", "message"),
+    ("x", "inverse", "dy", "message"),
     [
-        (torch.zeros(4, 5), None, "gate_up: expected a matrix with an even"),
-        (torch.zeros(4, 4).long(), None, "gate_up: expected float32"),
-        (torch.zeros(4, 4), torch.zeros(4, 4), "dy: expected half the columns"),
-        (torch.zeros(6, 4), torch.zeros(6, 2), "gate_up: expected a multiple of 4 rows"),
+        (torch.zeros(4, 5), None, None, "gate_up: expected a matrix with an even"),
+        (torch.zeros(4, 4).long(), None, None, "gate_up: expected float32"),
+        (BYTES, None, None, "gate_up: expected float32"),
+        (torch.zeros(4, 4), None, torch.zeros(4, 4), "dy: expected half the columns"),
+        (torch.zeros(6, 4), None, torch.zeros(6, 2), "gate_up: expected a multiple of 4 rows"),
+        (BYTES, None, torch.zeros(4, 2), "gate_up: expected float32"),
+        (torch.zeros(4, 4), torch.ones(4, 2), torch.zeros(4, 2), "gate_up: expected torch.float8_e4m3fn, as it has inverse"),
+        (BYTES, torch.ones(4, 1), torch.zeros(4, 2), r"inverse: expected shape \[4, 2\]"),
+        (BYTES, torch.ones(4, 2).double(), torch.zeros(4, 2), "inverse: .* got .*float64"),
+        (BYTES, torch.ones(2, 4).t(), torch.zeros(4, 2), "inverse: .* contiguous, got"),
     ],
     ids=str,
 )
-def test_bad_input_is_named(x: Tensor, dy: Tensor | None, message: str) -> None:
+def test_bad_input_is_named(x: Tensor, inverse: Tensor | None, dy: Tensor | None, message: str) -> None:
     x, scale = x.to(DEVICE), torch.tensor(1.0, device=DEVICE)
     with pytest.raises(ValueError, match=message):
         if dy is None:
             swiglu_quantize(x, E4M3, scale, no_stats())
         else:
-            swiglu_backward_quantize(reference.Kept(x, None), dy.to(DEVICE), E5M2, scale, no_stats(), (E4M3, scale))
+            kept = reference.Kept(x, inverse if inverse is None else inverse.to(DEVICE))
+            swiglu_backward_quantize(kept, dy.to(DEVICE), E5M2, scale, no_stats(), (E4M3, scale))

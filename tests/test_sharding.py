@@ -218,19 +218,21 @@ def test_a_run_that_starts_from_weights_has_them_everywhere(strategy: str, runs:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("precision", ["--dtype=float32", "--dtype=bfloat16", "--use_fp8"])
-def test_two_gpus(precision: str, runs: Runs) -> None:
+def test_two_gpus(precision: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL, compiled, with the kernels that are chosen on a GPU: ddp = zero1 = fsdp = one GPU, and any resumes any."""
     sizes = "--n_head=4 --n_embd=256 --batch_size=8 --normalization=rmsnorm --ffn_type=swiglu --position_encoding=rope".split()
     flags = [*SHAPE, *sizes, "--device=cuda", "--compile=True", "--deterministic", precision, "--rolling_interval=6"]
     flags += [f"--max_iters={STEPS}", f"--fp8_required={precision == '--use_fp8'}"]
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # float32 is float32
     runs.run(f"{precision}-alone", *flags)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{precision}-{strategy}", *flags, f"--parallel={strategy}")
     alone, ddp, zero1, fsdp = (list(runs.losses(f"{precision}-{name}").values()) for name in ("alone", *STRATEGIES))
     assert zero1 == ddp
     # The learning rate lets differences grow: of the first steps. fsdp rounds to FP8 what it has gathered in bfloat16.
-    tolerance = {"--dtype=float32": 3e-5, "--dtype=bfloat16": 1e-2, "--use_fp8": 3e-2}[precision]
-    assert ddp[:4] == pytest.approx(alone[:4], rel=tolerance) and fsdp[:4] == pytest.approx(alone[:4], rel=tolerance)
+    steps, tolerance = {"--dtype=float32": (4, 3e-5), "--dtype=bfloat16": (4, 1e-2), "--use_fp8": (2, 2e-3)}[precision]
+    for losses in (ddp, fsdp):
+        assert losses[:steps] == pytest.approx(alone[:steps], rel=tolerance)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{precision}-ddp", *flags, "--max_iters=8", "--resume=rolling_step_6", f"--parallel={strategy}")
 

@@ -121,7 +121,7 @@ def test_knobs_that_do_something_are_not(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_deterministic_run_lets_no_measurement_choose_a_kernel(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_measurement_decides_how_a_deterministic_run_adds_up(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda forward: forward)
     sizes = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --vocab_size=32 --batch_size=1".split()
     cfg, cpu = load_config([*sizes, "--compile=True", f"--deterministic={deterministic}"]), torch.device("cpu")
