@@ -664,7 +664,7 @@ def impossible_combinations(cfg: Config) -> list[tuple[tuple[str, ...], str]]:
         if vars(cfg.fp8)[flag] and not cfg.fp8.use_fp8:
             found.append(((flag, "use_fp8"), f"{flag} says how FP8 is used, and use_fp8 is False: pass --use_fp8 as well"))
     if cfg.fp8.fp8_less_memory and cfg.fp8.fp8_recipe == "block":
-        text = "fp8_less_memory is of no use with fp8_recipe=block: each block has a scale of its own; pass --fp8_recipe=delayed"
+        text = "fp8_less_memory makes transposes anew, which fp8_recipe=block rounds apart; pass --fp8_recipe=delayed, or drop it"
         found.append((("fp8_less_memory", "fp8_recipe"), text))
     if cfg.fp8.use_fp8 and cfg.run.dtype == "float16":
         found.append((("use_fp8", "dtype"), "use_fp8 and dtype=float16 do not go together; pass --dtype=bfloat16"))

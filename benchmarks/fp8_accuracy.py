@@ -11,13 +11,12 @@ Where there is no FP8, --fp8_emulate computes such losses slowly.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
 from pathlib import Path
 
-from loss_parity import losses_of  # which finds the project
+from loss_parity import check_arguments, losses_of, parser_of  # which finds the project
 
 from configurator import UserError, load_config, run_command
 
@@ -68,24 +67,41 @@ def draw(losses: Losses, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def settings_of(recipes: list[str], knobs: list[str], emulate: list[str]) -> dict[str, list[str]]:
+    """Knobs by setting. Raises UserError where a recipe could not run here."""
+    import torch
+
+    from fp8 import choose_fp8
+    from kernels import REFERENCE
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not emulate:
+        raise UserError("a GPU computes in FP8, and there is none here; pass --fp8_emulate")
+    settings = {PLAIN: PLAIN_KNOBS}
+    for recipe in recipes:
+        name, _, own = recipe.partition(":")
+        if recipe in settings or not all(knob.startswith("--fp8_") for knob in own.split()):
+            raise UserError(f"--recipes {recipe}: once each, and behind the colon knobs of FP8, as in delayed:--fp8_margin=1")
+        settings[recipe] = ["--use_fp8", "--fp8_required", *emulate, f"--fp8_recipe={name}", *own.split()]
+        choose_fp8(load_config([*knobs, *settings[recipe]]), device, torch.bfloat16, REFERENCE)
+    return settings
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser = parser_of(__doc__, [1, 2, 3])
     parser.add_argument("--recipes", nargs="+", default=["delayed"], help="of delayed, current, block, each with [:--knob=value]")
     parser.add_argument("--windows", type=int, default=10, help="rows of the table")
-    parser.add_argument("--at_once", type=int, default=1, help="runs that share the machine")
-    parser.add_argument("--json", type=Path, help="write every loss here as well")
-    parser.add_argument("--figure", type=Path, help="draw the differences here")
+    parser.add_argument("--figure", type=Path, help="draw the differences here, as a .png")
     args, given = parser.parse_known_args()
+    check_arguments(args)
     knobs = [knob for knob in given if not knob.startswith("--fp8_emulate")]
     emulate = [knob for knob in given if knob.startswith("--fp8_emulate")]
     steps = load_config([*knobs, *PLAIN_KNOBS]).optim.max_iters
     if not 0 < args.windows <= steps:
         raise UserError(f"--windows={args.windows} cuts {steps:,} steps into windows; pass 1 to {steps:,}")
-    settings = {PLAIN: PLAIN_KNOBS}
-    for recipe in args.recipes:
-        name, _, own = recipe.partition(":")
-        settings[recipe] = ["--use_fp8", "--fp8_required", *emulate, f"--fp8_recipe={name}", *own.split()]
+    if args.figure and args.figure.suffix != ".png":
+        raise UserError(f"--figure={args.figure} must end in .png")
+    settings = settings_of(args.recipes, knobs, emulate)
     runs = {f"{name}, seed {seed}": [*own, f"--seed={seed}"] for name, own in settings.items() for seed in args.seeds}
     every = losses_of(runs, knobs, args.at_once)
     if args.json:

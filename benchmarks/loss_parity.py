@@ -1,6 +1,6 @@
 """Do the Triton kernels change a run's losses by more than chance does?
 
-    python benchmarks/loss_parity.py CONFIG [--knob=value ...] [--seeds 1337 1338] [--at_once=3] [--json=FILE]
+    python benchmarks/loss_parity.py CONFIG [--knob=value ...] [--seeds 1337 1338] [--at_once=1] [--json=FILE]
 
 Trains with every kernel by Triton, with every kernel by PyTorch, and with one at a time by PyTorch, all from the first seed; then
 with all and with none from the other seeds. The figure is the difference of two runs' losses at the same step: the mean of its
@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import ROOT, UserError, run_command
+from configurator import ROOT, UserError, load_config, run_command
 
 
 def train(knobs: list[str], out_dir: Path) -> list[float]:
@@ -35,11 +35,39 @@ def train(knobs: list[str], out_dir: Path) -> list[float]:
 
 
 def losses_of(runs: dict[str, list[str]], knobs: list[str], at_once: int) -> dict[str, list[float]]:
-    """The losses of runs that have `knobs` in common, and knobs of their own by name; so many of them share the machine."""
+    """The losses of runs that have `knobs` in common, and knobs of their own by name; so many of them share the machine.
+
+    Raises UserError before the first of them begins where one could not.
+    """
+    if any(knob.startswith("--seed") for knob in knobs):
+        raise UserError("--seed is each run's own; pass --seeds 1 2")
+    if len({load_config([*knobs, *own]).optim.max_iters for own in runs.values()}) > 1:
+        raise UserError("runs of different lengths do not compare; pass the same --max_iters to all")
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         numbered = enumerate(runs.items())
-        futures = {name: pool.submit(train, [*knobs, *own], Path(folder, str(n))) for n, (name, own) in numbered}
-        return {name: future.result() for name, future in futures.items()}
+        futures = {pool.submit(train, [*knobs, *own], Path(folder, str(n))): name for n, (name, own) in numbered}
+        for future in concurrent.futures.as_completed(futures):
+            print(f"{futures[future]}: ended at loss {future.result()[-1]:.4f}", file=sys.stderr, flush=True)
+        return {name: future.result() for future, name in futures.items()}
+
+
+def parser_of(description: str | None, seeds: list[int]) -> argparse.ArgumentParser:
+    """Of what programs that compare losses have in common; what it does not know are knobs."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="two or more")
+    parser.add_argument("--at_once", type=int, default=1, help="runs that share the machine")
+    parser.add_argument("--json", type=Path, help="write every loss here as well")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises UserError where there would be nothing to compare, or no place to write it."""
+    if len(set(args.seeds)) != len(args.seeds) or len(args.seeds) < 2:
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: pass two or more, all different")
+    for path in (args.json, getattr(args, "figure", None)):
+        if path and not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}")
 
 
 def settings(seeds: list[int]) -> dict[str, list[str]]:
@@ -58,11 +86,13 @@ def settings(seeds: list[int]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 1338])
-    parser.add_argument("--at_once", type=int, default=3, help="runs that share the GPU")
-    parser.add_argument("--json", type=Path, help="write every loss here as well")
-    args, knobs = parser.parse_known_args()
+    args, knobs = parser_of(__doc__, [1337, 1338]).parse_known_args()
+    check_arguments(args)
+    load_config(knobs)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("the Triton kernels run on a GPU, and there is none here")
     losses = losses_of(settings(args.seeds), knobs, args.at_once)
     if args.json:
         args.json.write_text(json.dumps({"knobs": knobs, "losses": losses}) + "\n")

@@ -189,7 +189,8 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, one launch each")
     parser.add_argument("--strategies", default="ddp,zero1,fsdp", help="any of the three, with commas between")
     parser.add_argument("--micro_steps", default="1,4", help="micro-steps a rank")

@@ -125,7 +125,8 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
     parser.add_argument("--ranks", default="8,64,1024")
     parser.add_argument("--strategies", default="ddp,zero1,fsdp")
     parser.add_argument("--micro_steps", type=int, default=1, help="a rank")

@@ -58,7 +58,8 @@ def train_with_stops(knobs: list[str], out_dir: Path, stop_steps: list[int]) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the places to stop at")
     args, knobs = parser.parse_known_args()

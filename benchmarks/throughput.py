@@ -273,7 +273,8 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
     parser.add_argument("--peer", action="append", default=[], help="another contestant; may be repeated")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each contestant")
     parser.add_argument("--steps", type=int, default=40, help="that each of them takes, behind the first ones")

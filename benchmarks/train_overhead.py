@@ -95,7 +95,8 @@ def write_dataset(folder: Path, vocab_size: int = 50_257, n_tokens: int = 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
     parser.add_argument("--config", default="config/train_gpt2.py")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=120)
