@@ -211,6 +211,19 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
         yield f"one process shards nothing by {cfg.parallel.asked}: torchrun --nproc_per_node=N starts several"
     else:
         yield from idle_fsdp_knobs(cfg, state.layout.name, one_micro_step=cfg.data.gradient_accumulation_steps == n)
+    yield from idle_fp8_knobs(cfg)
+
+
+def idle_fp8_knobs(cfg: Config) -> Iterator[str]:
+    fp8, m = cfg.fp8, cfg.model
+    recipes = {"fp8_history": ("delayed",), "fp8_margin": ("delayed", "current")}  # that use it
+    for name in filter(cfg.is_given, ("fp8_recipe", "fp8_warn_percent", *recipes)):
+        if not fp8.use_fp8:
+            yield f"--{name} is of FP8, which --use_fp8 asks for"
+        elif fp8.fp8_recipe not in recipes.get(name, [fp8.fp8_recipe]):
+            yield f"--{name} does nothing with fp8_recipe={fp8.fp8_recipe}"
+    if fp8.fp8_less_memory and (fp8.fp8_recipe != "delayed" or m.ffn_type != "swiglu" or m.bias):
+        yield "--fp8_less_memory saves the transposed weights alone: SwiGLU without biases, by delayed scaling, would keep less"
 
 
 def idle_fsdp_knobs(cfg: Config, layout: str, one_micro_step: bool) -> Iterator[str]:

@@ -102,6 +102,23 @@ def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
     assert "--hsdp_shard_size is of fsdp: one process does not use it" in runs.run("hsdp", "--hsdp_shard_size=2", "--max_iters=1")
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--fp8_recipe=current --fp8_margin=1", ["--fp8_recipe is of FP8", "--fp8_margin is of FP8"]),
+        ("--use_fp8 --fp8_recipe=current --fp8_margin=1", []),
+        ("--use_fp8 --fp8_recipe=current --fp8_history=4", ["--fp8_history does nothing with fp8_recipe=current"]),
+        ("--use_fp8 --fp8_recipe=block --fp8_margin=1", ["--fp8_margin does nothing with fp8_recipe=block"]),
+        ("--use_fp8 --fp8_less_memory", ["--fp8_less_memory saves the transposed weights alone"]),
+        ("--use_fp8 --fp8_less_memory --ffn_type=swiglu", []),
+        ("--use_fp8 --fp8_less_memory --ffn_type=swiglu --bias", ["--fp8_less_memory saves the transposed weights alone"]),
+    ],
+)
+def test_knobs_of_fp8_that_do_nothing_are_named(flags: str, named: list[str]) -> None:
+    lines = list(startup.idle_fp8_knobs(load_config(flags.split())))
+    assert len(lines) == len(named) and all(line.startswith(start) for line, start in zip(lines, named, strict=True))
+
+
 @pytest.mark.parametrize(("value", "lines"), [("none", 0), ("True", 1), ("False", 1)])
 def test_a_knob_that_asks_for_nothing_is_not_idle(value: str, lines: int) -> None:
     cfg = settled(load_config(["--vocab_size=64", f"--fsdp_accumulate_whole={value}"]), "bfloat16", 2, 140.0)
