@@ -1,10 +1,11 @@
-"""The start report: what a run is, in the log and on the console before its first step."""
+"""The start report: what a run is, and what in it does nothing, in the log and on the console before its first step."""
 
 from __future__ import annotations
 
 import math
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from data.loader import SampleOrder
 from data.tokens import Dataset
 from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from parallel import device_name
-from plan import start_section, three_digits
+from plan import LAW, start_section, three_digits
 from precision import dtype_name
 from sharding import Layout
-from startup import TrainState, compiles, epochs_of, replays_graph
+from startup import TrainState, compiles, replays_graph
 from training_logger import Throughput
 
 
@@ -143,3 +144,74 @@ def attention_backend(cfg: Config, device: torch.device, dtype: torch.dtype) -> 
 
 def gpu_memory_gb(device: torch.device) -> float | None:
     return round(torch.cuda.get_device_properties(device).total_memory / 1e9, 1) if device.type == "cuda" else None
+
+
+def notes_on(cfg: Config, state: TrainState, order: SampleOrder) -> list[str]:
+    """A line for each knob that does nothing in this run, and where learning rate or data are not what the user may think."""
+    return [f"note: {line}" for line in [*idle_knobs(cfg, state), *schedule_notes(cfg), *data_notes(cfg, order)]]
+
+
+def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
+    n, last = state.ranks.world_size, cfg.optim.max_iters
+    if cfg.run.profile:
+        first, end = map(int, cfg.run.profile.split(":"))
+        if cfg.eval.eval_only or max(first, state.step + 1) >= min(end, last + 1):
+            yield f"--profile={cfg.run.profile} records nothing: this run goes on after step {state.step:,}, up to {last:,}"
+    if not cfg.checkpoint.save_checkpoints and not cfg.eval.eval_only:
+        yield "--save_checkpoints=False: what is trained ends with this run"
+    if cfg.run.memory_history and state.ranks.device.type == "cpu":
+        yield "--memory_history records nothing on a CPU"
+    if cfg.is_given("num_gpus"):
+        yield f"--num_gpus is of --plan; this run has {n} rank{'s' * (n > 1)}, and torchrun --nproc_per_node=N starts N of them"
+    if n == 1 and cfg.parallel.exchange != "auto":
+        yield f"one process exchanges nothing by {cfg.parallel.exchange}"
+    if n == 1 and cfg.parallel.asked in ("zero1", "fsdp"):
+        yield f"one process shards nothing by {cfg.parallel.asked}: torchrun --nproc_per_node=N starts several"
+    else:
+        yield from idle_fsdp_knobs(cfg, state.layout.name, one_micro_step=cfg.data.gradient_accumulation_steps == n)
+    yield from idle_fp8_knobs(cfg)
+
+
+def idle_fp8_knobs(cfg: Config) -> Iterator[str]:
+    fp8, m = cfg.fp8, cfg.model
+    recipes = {"fp8_history": ("delayed",), "fp8_margin": ("delayed", "current")}  # that use it
+    for name in filter(cfg.is_given, ("fp8_recipe", "fp8_warn_percent", *recipes)):
+        if not fp8.use_fp8:
+            yield f"--{name} is of FP8, which --use_fp8 asks for"
+        elif fp8.fp8_recipe not in recipes.get(name, [fp8.fp8_recipe]):
+            yield f"--{name} does nothing with fp8_recipe={fp8.fp8_recipe}"
+    if fp8.fp8_less_memory and (fp8.fp8_recipe != "delayed" or m.ffn_type != "swiglu" or m.bias):
+        yield "--fp8_less_memory saves the transposed weights alone: SwiGLU without biases, by delayed scaling, would keep less"
+
+
+def idle_fsdp_knobs(cfg: Config, layout: str, one_micro_step: bool) -> Iterator[str]:
+    names = ("fsdp_min_num_params", "fsdp_reshard_after_forward", "fsdp_accumulate_whole", "hsdp_shard_size")
+    given = [name for name in names if cfg.is_given(name)]
+    if layout != "fsdp":
+        yield from (f"--{name} is of fsdp: {layout} does not use it" for name in given)
+    elif one_micro_step and "fsdp_accumulate_whole" in given:
+        yield "--fsdp_accumulate_whole does nothing: a step has one micro-step a rank"
+    elif cfg.parallel.fsdp_accumulate_whole and "fsdp_reshard_after_forward" in given:
+        yield "--fsdp_reshard_after_forward does nothing while fsdp exchanges once a step (--fsdp_accumulate_whole=False)"
+
+
+def schedule_notes(cfg: Config) -> list[str]:
+    o = cfg.optim
+    if o.decay_lr and o.max_iters <= o.warmup_iters:
+        return [f"all {o.max_iters:,} steps are warm-up: --warmup_iters={o.warmup_iters}"]
+    if o.decay_lr and o.lr_schedule != "constant" and o.max_iters < o.lr_decay_iters // 2:
+        return [f"the learning rate decays over --lr_decay_iters={o.lr_decay_iters} steps; this run makes {o.max_iters:,}"]
+    return []
+
+
+def epochs_of(cfg: Config, order: SampleOrder) -> float:
+    """How often the whole run reads its training data."""
+    return cfg.optim.max_iters * cfg.data.batch_size * cfg.data.gradient_accumulation_steps / order.samples_per_epoch
+
+
+def data_notes(cfg: Config, order: SampleOrder) -> list[str]:
+    epochs = epochs_of(cfg, order)
+    if epochs > LAW["epochs"] and not cfg.eval.eval_only:
+        worth = f"up to {LAW['epochs']} are nearly as good as new data, more teach less and less (Muennighoff et al. 2023)"
+        return [f"the run makes {three_digits(epochs):,g} epochs over its training data: {worth}"]
+    return []

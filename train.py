@@ -31,7 +31,7 @@ from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ra
 from precision import LossScale, choose_dtype
 from profiling import Profiler
 from sharding import choose_layout, put_rows
-from start_report import marker_lines, start_report
+from start_report import marker_lines, notes_on, start_report
 from startup import TrainState
 from training_logger import StepRecord, TrainingLogger
 
@@ -83,7 +83,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
     info, throughput = start_report(cfg, dataset, state, dtype, chosen_kernels, parallel)
     log.report(info, throughput)
-    notes = [*marker_lines(info, layout), *describe_groups(model, cfg.optim), *startup.notes_on(cfg, state, order), *notes]
+    notes = [*marker_lines(info, layout), *describe_groups(model, cfg.optim), *notes_on(cfg, state, order), *notes]
     log.line("\n".join(notes))
     forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
     micro_step = startup.build_micro_step(forward, state, cfg, dtype)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
         profiling sharding start_report training_logger""",
     "start_report": "checkpoint configurator data flops parallel plan precision sharding startup training_logger",
     "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel
-        plan precision pretrained profiling sharding training_logger""",
+        precision pretrained profiling sharding training_logger""",
     "evaluation": "configurator data generation hellaswag model parallel precision",
     "profiling": "configurator memory parallel plan",
     "plan": "configurator data flops memory pretrained",

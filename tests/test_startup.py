@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
+import start_report
 import startup
 from configurator import load_config
 from data.loader import SampleOrder
@@ -115,14 +116,14 @@ def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
     ],
 )
 def test_knobs_of_fp8_that_do_nothing_are_named(flags: str, named: list[str]) -> None:
-    lines = list(startup.idle_fp8_knobs(load_config(flags.split())))
+    lines = list(start_report.idle_fp8_knobs(load_config(flags.split())))
     assert len(lines) == len(named) and all(line.startswith(start) for line, start in zip(lines, named, strict=True))
 
 
 @pytest.mark.parametrize(("value", "lines"), [("none", 0), ("True", 1), ("False", 1)])
 def test_a_knob_that_asks_for_nothing_is_not_idle(value: str, lines: int) -> None:
     cfg = settled(load_config(["--vocab_size=64", f"--fsdp_accumulate_whole={value}"]), "bfloat16", 2, 140.0)
-    assert len(list(startup.idle_fsdp_knobs(cfg, "fsdp", one_micro_step=True))) == lines
+    assert len(list(start_report.idle_fsdp_knobs(cfg, "fsdp", one_micro_step=True))) == lines
 
 
 def test_a_run_of_many_epochs_says_so(runs: Runs) -> None:
