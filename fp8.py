@@ -133,12 +133,11 @@ class Fp8Linear(nn.Linear):
 
     def round_weight(self) -> None:
         """Into the same memory each time, where a CUDA graph finds it."""
-        out, less = self.own.copies, self.arithmetic.less_memory
-        if out is not None and less:
-            out = out._replace(columns=out.rows.new_empty(out.rows.shape[::-1]))  # written with the rows, and dropped
-        copies = self.arithmetic.ops.quantize(self.weight.detach(), E4M3, self.own.scale_w, self.own.stats_w, out)
-        if self.own.copies is None:
-            self.own = self.own._replace(copies=copies._replace(columns=copies.columns.new_empty(0)) if less else copies)
+        own, with_columns = self.own, not self.arithmetic.less_memory
+        quantize = self.arithmetic.ops.quantize
+        copies = quantize(self.weight.detach(), E4M3, own.scale_w, own.stats_w, own.copies, with_columns)
+        if own.copies is None:
+            self.own = own._replace(copies=copies)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.inputs import check_devices, check_dtypes
-from kernels.reference import FP8_BLOCK, Quantized
+from kernels.reference import FP8_BLOCK, Quantized, fp8_limits
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -40,12 +40,6 @@ class Tile(NamedTuple):
 
     def grid(self, M: int, K: int) -> tuple[int, int]:
         return triton.cdiv(M, self.rows), triton.cdiv(K, self.columns)
-
-
-def fp8_limits(dtype: torch.dtype) -> tuple[float, float]:
-    """The largest number, and half of the smallest: what is not above that becomes 0."""
-    limits = torch.finfo(dtype)
-    return limits.max, limits.smallest_normal * limits.eps / 2
 
 
 TILE = Tile(64, 64, 4)
@@ -94,10 +88,16 @@ def store_rows(rows, z, stride, inside):
 
 
 @triton.jit
+def _store_words(columns, words, q, k, inside, Q):
+    """`columns`: the matrix (K, 4 Q) of bytes; `words`: rows 4 q to 4 q + 3, which are a word of a column."""
+    to = columns.to(tl.pointer_type(tl.int32), bitcast=True) + tl.trans(k) * Q + tl.trans(q)
+    tl.store(to, tl.trans(words), tl.trans(inside))
+
+
+@triton.jit
 def store_columns(columns, z, q, k, inside, Q):
-    """`columns`: the matrix (K, 4 Q); `z`: rows 4 q to 4 q + 3, which are a word of a column."""
-    words = columns.to(tl.pointer_type(tl.int32), bitcast=True) + tl.trans(k) * Q + tl.trans(q)
-    tl.store(words, tl.trans(_pack(z[0], z[1], z[2], z[3], columns.dtype.element_ty)), tl.trans(inside))
+    """The four rows `z`, rounded, to `columns`."""
+    _store_words(columns, _pack(z[0], z[1], z[2], z[3], columns.dtype.element_ty), q, k, inside, Q)
 
 
 @triton.jit
@@ -138,16 +138,16 @@ def _note(stats, amax, M, K):
 
 
 @triton.jit
-def count(stats, values, scale, M, K, LARGEST: tl.constexpr, HALF: tl.constexpr):
+def count(stats, values, scale, M, K, MOST: tl.constexpr, LEAST: tl.constexpr):
     """Adds tiles of a matrix (M, K), which are 0 outside of it, to `stats`, as multiplied by scale and rounded."""
     smallest = tl.abs(values[0])
     for i in tl.static_range(1, len(values)):
         smallest = tl.minimum(smallest, tl.abs(values[i]))
     amax, amin = tl.max(_largest(values)), tl.min(smallest)
-    if (amax * scale > LARGEST) | (amin * scale <= HALF):  # seldom
-        if amax * scale > LARGEST:
-            _add_true(stats + 1, [tl.abs(v * scale) > LARGEST for v in values])
-        _add_true(stats + 2, [(tl.abs(v * scale) <= HALF) & (v != 0) for v in values])
+    if (amax * scale > MOST) | (amin * scale <= LEAST):  # seldom
+        if amax * scale > MOST:
+            _add_true(stats + 1, [tl.abs(v * scale) > MOST for v in values])
+        _add_true(stats + 2, [(tl.abs(v * scale) <= LEAST) & (v != 0) for v in values])
     _note(stats, amax, M, K)
 
 
@@ -157,14 +157,15 @@ def _kernel(
     scale,  # None where blocks have their own
     rows,
     rows_inverse,
-    columns,
+    columns,  # None where they are not wanted
     columns_inverse,
     stats,
     Q,
     K,
     x_stride,
     LARGEST: tl.constexpr,
-    HALF: tl.constexpr,
+    MOST: tl.constexpr,
+    LEAST: tl.constexpr,
     R: tl.constexpr,
     C: tl.constexpr,
 ):
@@ -179,8 +180,9 @@ def _kernel(
         factor = tl.load(scale)
         z = [scaled(v, factor, LARGEST) for v in values]
         store_rows(rows, z, K, inside)
-        store_columns(columns, z, q, k, inside, Q)
-        count(stats, values, factor, 4 * Q, K, LARGEST, HALF)
+        if columns is not None:
+            store_columns(columns, z, q, k, inside, Q)
+        count(stats, values, factor, 4 * Q, K, MOST, LEAST)
     else:
         inverse_m = [_inverse(tl.max(tl.abs(v), 1, keep_dims=True), LARGEST) for v in values]  # (R / 4, 1) each
         amax_k = tl.max(_largest(values), 0, keep_dims=True)  # (1, C)
@@ -192,7 +194,7 @@ def _kernel(
         store_rows(rows, [scaled(v, 1.0, LARGEST) for v in z], K, inside)
         store_columns(columns, [scaled(tl.div_rn(v, inverse_k), 1.0, LARGEST) for v in values], q, k, inside, Q)
         _note(stats, tl.max(amax_k), 4 * Q, K)
-        _add_true(stats + 2, [(tl.abs(z[i]) <= HALF) & (values[i] != 0) for i in (0, 1, 2, 3)])
+        _add_true(stats + 2, [(tl.abs(z[i]) <= LEAST) & (values[i] != 0) for i in (0, 1, 2, 3)])
 
 
 @triton.jit
@@ -203,8 +205,7 @@ def _transpose_kernel(rows, columns, Q, K, R: tl.constexpr, C: tl.constexpr):
     inside = (q < Q) & (k < K)
     x = rows + 4 * q * K + k
     a, b, c, d = [tl.load(x + i * K, inside, 0).to(tl.int32) for i in (0, 1, 2, 3)]
-    words = columns.to(tl.pointer_type(tl.int32), bitcast=True) + tl.trans(k) * Q + tl.trans(q)
-    tl.store(words, tl.trans(a | (b << 8) | (c << 16) | (d << 24)), tl.trans(inside))
+    _store_words(columns, a | (b << 8) | (c << 16) | (d << 24), q, k, inside, Q)
 
 
 @torch.library.custom_op("nanotrain::transpose_bytes", mutates_args=())
@@ -232,9 +233,11 @@ def transpose_bytes(rows: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("nanotrain::quantize", mutates_args=("stats",))
-def quantize_op(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_op(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, with_columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize`'s four tensors; the inverse scales are empty where there is one scale."""
-    outputs = quantize_outputs(x, dtype, scale, stats)
+    outputs = quantize_outputs(x, dtype, scale, stats, with_columns)
     _launch(x, scale, outputs, stats)
     return outputs
 
@@ -243,23 +246,35 @@ def _launch(x: Tensor, scale: Tensor | None, outputs: tuple[Tensor, Tensor, Tens
     if x.stride(1) != 1:
         x = x.contiguous()
     tile = BLOCK_TILE if scale is None else TILE
-    (M, K), limits = x.shape, fp8_limits(outputs[0].dtype)
+    rows, rows_inverse, columns, columns_inverse = outputs
+    to = rows, rows_inverse, columns if len(columns) else None, columns_inverse
+    (M, K), limits = x.shape, fp8_limits(rows.dtype)
     with torch.cuda.device_of(x):
         _kernel[tile.grid(M, K)](
-            x, scale, *outputs, stats, M // 4, K, x.stride(0), *limits, tile.rows, tile.columns, num_warps=tile.warps
+            x, scale, *to, stats, M // 4, K, x.stride(0), *limits, tile.rows, tile.columns, num_warps=tile.warps
         )
 
 
 @quantize_op.register_fake
-def quantize_outputs(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_outputs(
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, with_columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, K = x.shape
     m_blocks, k_blocks = (M // FP8_BLOCK, K // FP8_BLOCK) if scale is None else (0, 0)
     rows_inverse = x.new_empty(k_blocks, M, dtype=torch.float32)
     columns_inverse = x.new_empty(m_blocks, K, dtype=torch.float32)
-    return x.new_empty(M, K, dtype=dtype), rows_inverse, x.new_empty(K, M, dtype=dtype), columns_inverse
+    columns = x.new_empty(K if with_columns else 0, M, dtype=dtype)
+    return x.new_empty(M, K, dtype=dtype), rows_inverse, columns, columns_inverse
 
 
-def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, out: Quantized | None = None) -> Quantized:
+def quantize(
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    stats: Tensor,
+    out: Quantized | None = None,
+    with_columns: bool = True,
+) -> Quantized:
     """What reference.quantize is. x is float32, bfloat16 or float16, and has a multiple of 4 rows.
 
     Raises ValueError for a wrong shape, dtype or device.
@@ -274,12 +289,14 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor,
         raise ValueError(f"dtype: expected float8_e4m3fn or float8_e5m2, got {dtype}")
     if scale is None and (x.shape[0] % FP8_BLOCK or x.shape[1] % FP8_BLOCK):
         raise ValueError(f"x: blocks have {FP8_BLOCK} elements, which do not divide both of {list(x.shape)}")
+    if scale is None and not with_columns:
+        raise ValueError("with_columns: columns whose blocks have scales of their own do not follow from the rows")
     if out is not None:
         if scale is not None:
             out.rows_inverse.copy_(scale.reciprocal())
         _launch(x, scale, (out.rows, out.rows_inverse.t(), out.columns, out.columns_inverse.t()), stats)
         return out
-    rows, rows_inverse, columns, columns_inverse = quantize_op(x, dtype, scale, stats)
+    rows, rows_inverse, columns, columns_inverse = quantize_op(x, dtype, scale, stats, with_columns)
     if scale is not None:
         inverse = scale.reciprocal()
         return Quantized(rows, inverse, columns, inverse)

@@ -5,6 +5,7 @@ Each one computes in float32 whatever its inputs are and returns its input's dty
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,13 @@ class Quantized(NamedTuple):
     rows_inverse: Tensor
     columns: Tensor  # (K, M)
     columns_inverse: Tensor
+
+
+def fp8_limits(dtype: torch.dtype) -> tuple[float, float, float]:
+    """The largest number; the most that is rounded to it, without which it would be the next; the most that becomes 0."""
+    limits = torch.finfo(dtype)
+    step = 2.0 ** math.floor(math.log2(limits.max)) * limits.eps
+    return limits.max, limits.max + step / 2, limits.smallest_normal * limits.eps / 2
 
 
 class AdamW(torch.optim.AdamW):
@@ -153,14 +161,22 @@ def linear_cross_entropy(
     return total if reduction == "sum" else total / (targets != -1).sum()
 
 
-def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, out: Quantized | None = None) -> Quantized:
+def quantize(
+    x: Tensor,
+    dtype: torch.dtype,
+    scale: Tensor | None,
+    stats: Tensor,
+    out: Quantized | None = None,
+    with_columns: bool = True,
+) -> Quantized:
     """x (M, K), times `scale` (), rounded to an FP8 dtype; without a scale each FP8_BLOCK elements of a row (or of a column, in
     the transpose) have their own, which makes their largest the largest of the dtype.
 
     What is too large becomes the largest number of the dtype; what is not finite becomes NaN. Adds to `stats`, (4,) int64: the
-    largest |x| so far (the bits of a float32, whose order is that of integers), values that were too large, values that became
-    0 and were not, and all values. M and K are multiples of FP8_BLOCK where there is no scale. `out`, an earlier result of the
-    same shape, is written anew.
+    largest |x| so far (the bits of a float32, whose order is that of integers), values that were too large, by more than
+    rounding takes away, values that became 0 and were not, and all values. M and K are multiples of FP8_BLOCK where there is no
+    scale. `out`, an earlier result of the same arguments, is written anew. Without `with_columns`, for which there must be a
+    scale, the transpose is (0, M): `transpose_bytes` makes it.
     """
     values = x.float()
     if scale is None:
@@ -169,8 +185,8 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor,
         saturated = torch.zeros((), dtype=torch.int64, device=x.device)
     else:
         rows, rows_inverse = _round(values * scale, dtype), scale.reciprocal()
-        columns, columns_inverse = rows.t().contiguous(), rows_inverse
-        saturated = ((values * scale).abs() > torch.finfo(dtype).max).sum()
+        columns, columns_inverse = rows.t()[: None if with_columns else 0].contiguous(), rows_inverse
+        saturated = ((values * scale).abs() > fp8_limits(dtype)[1]).sum()
     largest = values.abs().max().view(torch.int32).long()
     flushed = ((rows.float() == 0) & (values != 0)).sum()
     counts = torch.stack((saturated, flushed, torch.full_like(flushed, x.numel())))

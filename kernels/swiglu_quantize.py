@@ -18,12 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.inputs import check_devices, check_dtypes
-from kernels.quantize import FP8_DTYPES, INTERPRETED, Tile, count, fp8_limits, load_four, scaled, store_columns, store_rows
-from kernels.reference import FP8_BLOCK, Kept, Quantized
+from kernels.quantize import FP8_DTYPES, INTERPRETED, Tile, count, load_four, scaled, store_columns, store_rows
+from kernels.reference import FP8_BLOCK, Kept, Quantized, fp8_limits
 
 KEPT_DTYPE = torch.float8_e4m3fn
 BLOCK = tl.constexpr(FP8_BLOCK)
-LEAST = tl.constexpr(1e-30)  # the largest of a block is taken to be no less: what is divided by it is a float32
+TINY = tl.constexpr(1e-30)  # the largest of a block is taken to be no less: what is divided by it is a float32
 FORWARD_TILE, KEEPING_TILE = Tile(8, 512, 4), Tile(1, 2048, 4)  # the second where gate_up is kept in FP8
 BACKWARD_TILE, KEPT_TILE = Tile(32, 64, 2), Tile(32, 128, 4)
 
@@ -40,7 +40,7 @@ def _sigmoid(x):
 @triton.jit
 def _forward_kernel(
     gate_up, scale, rows, kept, inverse, stats, M, F, stride, BLOCKS,
-    LARGEST: tl.constexpr, HALF: tl.constexpr, KEPT_LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    LARGEST: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, KEPT_LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """`kept` and `inverse` are None where gate_up is kept as it is; BLOCKS: of a row of gate, or of up."""
     m = tl.program_id(0) * R + tl.arange(0, R)[:, None]  # (R, 1)
@@ -51,7 +51,7 @@ def _forward_kernel(
     up = tl.load(gate_up + m * stride + F + k, inside, 0.0).to(tl.float32)
     y, factor = gate * _sigmoid(gate) * up, tl.load(scale)
     tl.store(rows + m * F + k, scaled(y, factor, LARGEST).to(rows.dtype.element_ty), inside)
-    count(stats, (y,), factor, M, F, LARGEST, HALF)
+    count(stats, (y,), factor, M, F, MOST, LEAST)
     if kept is not None:
         block = (tl.program_id(1) * (C // BLOCK) + tl.arange(0, C // BLOCK)[None, :]).to(tl.int64)  # (1, C / BLOCK)
         inside_blocks = (m < M) & (block < BLOCKS)
@@ -63,7 +63,7 @@ def _forward_kernel(
 def _keep(x, rows, inside, inverse, inside_blocks, LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     """x (R, C), 0 outside, rounded with a scale for each BLOCK of a row, whose inverses are (R, C / BLOCK)."""
     blocks = tl.reshape(x, (R, C // BLOCK, BLOCK))
-    amax = tl.maximum(tl.max(tl.abs(blocks), 2, keep_dims=True), LEAST)
+    amax = tl.maximum(tl.max(tl.abs(blocks), 2, keep_dims=True), TINY)
     z = scaled(blocks, LARGEST / amax, LARGEST)
     tl.store(rows, tl.reshape(z, (R, C)).to(rows.dtype.element_ty), inside)
     tl.store(inverse, tl.reshape(amax / LARGEST, (R, C // BLOCK)), inside_blocks)
@@ -80,7 +80,7 @@ def _derivatives(gate, up, d):
 @triton.jit
 def _backward_kernel(
     gate_up, inverse, dy, scale, y_scale, rows, columns, y_columns, stats, Q, F, stride, dy_stride, BLOCKS,
-    LARGEST: tl.constexpr, HALF: tl.constexpr, Y_LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    LARGEST: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, Y_LARGEST: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Three tiles, each as quantize's four: what is F columns apart has the same inputs, and so has y. C divides BLOCK."""
     q = tl.program_id(0) * (R // 4) + tl.arange(0, R // 4)[:, None]  # (R / 4, 1)
@@ -104,7 +104,7 @@ def _backward_kernel(
     store_columns(columns, z_gate, q, k, inside, Q)
     store_columns(columns, z_up, q, k + F, inside, Q)
     store_columns(y_columns, [scaled(r[2], y_factor, Y_LARGEST) for r in results], q, k, inside, Q)
-    count(stats, d_gate + d_up, factor, 4 * Q, 2 * F, LARGEST, HALF)
+    count(stats, d_gate + d_up, factor, 4 * Q, 2 * F, MOST, LEAST)
 
 
 @torch.library.custom_op("nanotrain::swiglu_quantize", mutates_args=("stats",))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 import exchange
 import kernels
+import parallel
 import sharding
 from configurator import UserError, load_config
 from exchange import Collectives, Copies, all_gather_single, own_rows, share_of
@@ -63,15 +66,26 @@ def copy_in_memory() -> None:
     sharding.choose_exchange = lambda *args, **kwargs: ("copies", "")
 
 
+def share_gpus() -> None:
+    """What a rank becomes before it starts: one of several on a GPU, where NCCL refuses to work and gloo does not."""
+    os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    choose_device, n_gpus = parallel.choose_device, torch.cuda.device_count()
+    parallel.choose_device = lambda name, local_rank, local_world_size: choose_device(name, local_rank % n_gpus)
+    parallel.connect = lambda device: dist.init_process_group("gloo")
+    exchange.why_not_copies = lambda ranks: None
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory):
     with Runs(tmp_path_factory.mktemp("exchange")) as runs:
         yield runs
 
 
-def run_copies(runs: Runs, n: int, out_dir: str, *flags: str, main: Main | None = None) -> str:
-    processes = runs.start_ranks(n, out_dir, *flags, prepare=[copy_in_memory] * n, main=main)
-    codes = [process.wait() for process in processes]
+def run_copies(
+    runs: Runs, n: int, out_dir: str, *flags: str, main: Main | None = None, become: Callable[[], None] = copy_in_memory
+) -> str:
+    processes = runs.start_ranks(n, out_dir, *flags, prepare=[become] * n, main=main)
+    codes = [process.wait(120) for process in processes]
     output = "".join(process.output for process in processes)
     assert codes == [0] * n, output
     return output
@@ -181,6 +195,27 @@ def test_averages_and_rows_arrive(n: int, runs: Runs) -> None:
 def test_averages_and_rows_arrive_on_gpus(main: Main, runs: Runs) -> None:
     n = 4 if torch.cuda.device_count() >= 4 else 2
     assert runs.run_ranks(n, "gpus", "--device=cuda", main=main).count("all the same") == n
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_eight_ranks_that_share_gpus(runs: Runs) -> None:
+    """What eight GPUs do, on as many as there are: the averages, and training as one process does."""
+    gpu = ["--device=cuda", "--exchange=copies"]
+    output = run_copies(runs, 8, "eight", *gpu, main=average_without_a_break, become=share_gpus)
+    assert output.count("all the same") == 8
+    flags = [*SHAPE, "--device=cuda", "--gradient_accumulation_steps=16", "--max_iters=5"]
+    for dtype, tolerance in (("float32", 1e-4), ("bfloat16", 1e-2)):
+        runs.run(f"eight-{dtype}-one", *flags, f"--dtype={dtype}")
+        expected = list(runs.losses(f"eight-{dtype}-one").values())
+        for strategy in ("ddp", "zero1", "fsdp"):
+            name = f"eight-{dtype}-{strategy}"
+            output = run_copies(
+                runs, 8, name, *flags, "--exchange=copies", f"--dtype={dtype}", f"--parallel={strategy}", become=share_gpus
+            )
+            assert "over 8 ranks, as asked for" in output and "by the GPUs' copy engines" in output
+            assert list(runs.losses(name).values()) == pytest.approx(expected, rel=tolerance)
+        ddp, zero1 = runs.tensors(f"eight-{dtype}-ddp"), runs.tensors(f"eight-{dtype}-zero1")
+        assert all(torch.equal(ddp[key], zero1[key]) for key in ddp)
 
 
 class Alone(Ranks):

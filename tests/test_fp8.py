@@ -77,12 +77,12 @@ def test_rounding_is_the_formats(dtype: torch.dtype, largest: float, smallest: f
     """To the nearest, ties to even; beyond the largest that; below half of the smallest 0; what is not finite NaN."""
     one_up = 1 + 2.0**-digits
     tie, above = (1 + one_up) / 2, (1 + one_up) / 2 + 1e-3
-    x = torch.tensor([[tie, above, 1e9, -1e9, smallest * 0.6, smallest * 0.4, torch.inf, torch.nan]])
+    x = torch.tensor([[tie, above, 1e9, -largest * 1.1, largest * 1.03, smallest * 0.6, smallest * 0.4, torch.inf, torch.nan]])
     stats = no_stats()
     rounded = quantize(x, dtype, torch.tensor(1.0), stats)
-    want = [1, one_up, largest, -largest, smallest, 0, torch.nan, torch.nan]
+    want = [1, one_up, largest, -largest, largest, smallest, 0, torch.nan, torch.nan]
     torch.testing.assert_close(rounded.rows[0].float(), torch.tensor(want), rtol=0, atol=0, equal_nan=True)
-    assert stats[1:].tolist() == [3, 1, 8]  # infinity is too large as well
+    assert stats[1:].tolist() == [3, 1, 9]  # infinity is too large as well, and what rounds to the largest is not
 
 
 @pytest.mark.parametrize("scale", [None, 7.0])

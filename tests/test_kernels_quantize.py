@@ -44,6 +44,17 @@ def test_one_scale(shape: tuple[int, int], fp8: torch.dtype, scale: float) -> No
     assert_equals_reference(numbers(*shape, fp8=fp8), fp8, scale)
 
 
+def test_rows_alone() -> None:
+    x, scale, (stats, true_stats) = numbers(132, 144), torch.tensor(16.0, device=DEVICE), torch.zeros(2, 4, device=DEVICE).long()
+    want, rows = reference.quantize(x, E4M3, scale, true_stats), quantize(x, E4M3, scale, stats, with_columns=False)
+    again = quantize(x, E4M3, scale, stats.clone(), rows._replace(rows=torch.empty_like(rows.rows)), with_columns=False)
+    assert torch.equal(rows.rows.float(), want.rows.float()) and torch.equal(again.rows.float(), want.rows.float())
+    assert rows.columns.shape == (0, 132) == reference.quantize(x, E4M3, scale, true_stats, with_columns=False).columns.shape
+    assert torch.equal(2 * stats[1:], true_stats[1:])
+    with pytest.raises(ValueError, match="with_columns: columns whose blocks"):
+        quantize(numbers(128, 128), E4M3, None, stats, with_columns=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_inputs(dtype: torch.dtype) -> None:
     assert_equals_reference(numbers(32, 64, dtype=dtype), E4M3, 8.0)
