@@ -8,7 +8,6 @@ documents are paragraphs of FILE in random order. Each dataset is prepared twice
 (SIGKILL) in the middle and started again. Both must give the same files.
 """
 
-import argparse
 import json
 import os
 import random
@@ -22,8 +21,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+from command_line import parser_of
 
 from configurator import ROOT
 
@@ -38,7 +36,7 @@ ROWS = 1000  # of a parquet file's row group
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("datasets", nargs="*", default=["openwebtext", "slimpajama_6b_gpt2"], help=f"of {', '.join(HUB)}")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of text for each dataset (default 1)")
     parser.add_argument("--text", type=Path, required=True, help="a text file whose paragraphs make up the documents")

@@ -16,7 +16,8 @@ import json
 import statistics
 from pathlib import Path
 
-from loss_parity import check_arguments, losses_of, parser_of  # which finds the project
+from command_line import output_file
+from loss_parity import check_seeds, losses_of, losses_parser
 
 from configurator import UserError, load_config, run_command
 
@@ -88,12 +89,12 @@ def settings_of(recipes: list[str], knobs: list[str], emulate: list[str]) -> dic
 
 
 def main() -> None:
-    parser = parser_of(__doc__, [1, 2, 3])
+    parser = losses_parser(__doc__, [1, 2, 3])
     parser.add_argument("--recipes", nargs="+", default=["delayed"], help="of delayed, current, block, each with [:--knob=value]")
     parser.add_argument("--windows", type=int, default=10, help="rows of the table")
-    parser.add_argument("--figure", type=Path, help="draw the differences here, as a .png")
+    parser.add_argument("--figure", type=output_file, help="draw the differences here, as a .png")
     args, given = parser.parse_known_args()
-    check_arguments(args)
+    check_seeds(args.seeds)
     knobs = [knob for knob in given if not knob.startswith("--fp8_emulate")]
     emulate = [knob for knob in given if knob.startswith("--fp8_emulate")]
     steps = load_config([*knobs, *PLAIN_KNOBS]).optim.max_iters

@@ -9,18 +9,18 @@ file, or are made of a text: a passage, the line that follows it, and three line
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import output_file, parser_of
+
+from configurator import run_command
 
 TASK = """task: hellaswag_here
 dataset_path: json
@@ -98,13 +98,13 @@ def ours(folder: Path, source: Path, _: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("models", nargs="*", help="a run's out_dir or a Hugging Face folder")
     parser.add_argument("--source", type=Path, help="items as HellaSwag publishes them")
     parser.add_argument("--text", type=Path, help="a text that items are made of")
     parser.add_argument("--items", type=int, default=500)
-    parser.add_argument("--keep_items", type=Path, help="write the items here as well, for hellaswag.py --source")
-    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--keep_items", type=output_file, help="write the items here as well, for hellaswag.py --source")
+    parser.add_argument("--json", type=output_file, help="write the figures here as well")
     args = parser.parse_args()
     if bool(args.source) == bool(args.text):
         parser.error("pass --source or --text")
@@ -138,7 +138,7 @@ def main() -> None:
                 "seconds": [round(b - a, 1) for a, b in itertools.pairwise(instants)],
             }
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
     for source, row in rows.items():
         print(f"{source}: largest difference of a log-likelihood {row['largest_difference']:.1e}")
         for name, seconds in zip(("lm_eval", "ours"), row["seconds"], strict=True):
@@ -146,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())

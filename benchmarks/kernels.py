@@ -10,18 +10,16 @@ it runs.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+from command_line import output_file, parser_of
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -350,9 +348,9 @@ def line(row: dict[str, object]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--only", default="", help="the kernels whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    parser.add_argument("--json", type=output_file, help="write the figures here as well")
     args = parser.parse_args()
 
     import torch
@@ -370,7 +368,6 @@ def main() -> None:
                 rows.append(row)
                 print(line(row), flush=True)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
 

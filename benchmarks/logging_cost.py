@@ -7,15 +7,12 @@ has; sections that overflow and are written anew, and the fsync of each checkpoi
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import parser_of
 
 from configurator import Config, OptimConfig, RunConfig
 from run_file import StepRecord, Throughput, log_path
@@ -58,7 +55,7 @@ def measure(records: int, mixed: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and bytes of a record of the run log.")
+    parser = parser_of("Time and bytes of a record of the run log.")
     parser.add_argument("--records", type=int, default=1_000_000, help="length of the longest run [1000000]")
     args = parser.parse_args()
     print("A record, over the last thousand of them" + " " * 22 + "A record, over all")

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import output_file, parser_of
 
 from configurator import ROOT, UserError, load_config, run_command
 
@@ -51,23 +51,19 @@ def losses_of(runs: dict[str, list[str]], knobs: list[str], at_once: int) -> dic
         return {name: future.result() for future, name in futures.items()}
 
 
-def parser_of(description: str | None, seeds: list[int]) -> argparse.ArgumentParser:
+def losses_parser(description: str | None, seeds: list[int]) -> argparse.ArgumentParser:
     """Of what programs that compare losses have in common; what it does not know are knobs."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    parser = parser_of(description)
     parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="two or more")
     parser.add_argument("--at_once", type=int, default=1, help="runs that share the machine")
-    parser.add_argument("--json", type=Path, help="write every loss here as well")
+    parser.add_argument("--json", type=output_file, help="write every loss here as well")
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError where there would be nothing to compare, or no place to write it."""
-    if len(set(args.seeds)) != len(args.seeds) or len(args.seeds) < 2:
-        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: pass two or more, all different")
-    for path in (args.json, getattr(args, "figure", None)):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}")
+def check_seeds(seeds: list[int]) -> None:
+    """Raises UserError where there would be nothing to compare."""
+    if len(set(seeds)) != len(seeds) or len(seeds) < 2:
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: pass two or more, all different")
 
 
 def settings(seeds: list[int]) -> dict[str, list[str]]:
@@ -86,8 +82,8 @@ def settings(seeds: list[int]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    args, knobs = parser_of(__doc__, [1337, 1338]).parse_known_args()
-    check_arguments(args)
+    args, knobs = losses_parser(__doc__, [1337, 1338]).parse_known_args()
+    check_seeds(args.seeds)
     load_config(knobs)
     import torch
 

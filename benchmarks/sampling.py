@@ -23,9 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+from command_line import load_model_config, output_file, parser_of
 
-from configurator import Config, KernelConfig, load_config
+from configurator import Config, KernelConfig, run_command
 
 CONTESTANTS = ("nanotrain", "nanotrain, compiled", "transformers")
 TOP_K = 200
@@ -150,7 +150,7 @@ def report(figures: dict[str, list[dict[str, Any]]], args: argparse.Namespace, c
         options = {name: vars(args)[name] for name in ("batch", "prompt", "tokens", "temperature")}
         for each in itertools.chain(*figures.values()):
             del each["tokens"]
-        Path(args.json).write_text(json.dumps({"device": device, "options": options, "contestants": figures}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"device": device, "options": options, "contestants": figures}, indent=1) + "\n")
 
 
 def median_s(rounds: list[dict[str, Any]]) -> float:
@@ -158,23 +158,21 @@ def median_s(rounds: list[dict[str, Any]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=32, help="tokens that are there [32]")
     parser.add_argument("--tokens", type=int, default=512, help="tokens to draw [512]")
     parser.add_argument("--temperature", type=float, default=0.0, help=f"above 0: sample, among the {TOP_K} likeliest [0]")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--json", type=output_file, help="write the figures here as well")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args, knobs = parser.parse_known_args()
     if args.contestant:
-        Path(args.json).write_text(json.dumps(run_contestant(args)))
+        args.json.write_text(json.dumps(run_contestant(args)))
         return
-    cfg = load_config(knobs or ["config/train_gpt2.py"])
-    if cfg.model.vocab_size == 0:
-        cfg = load_config([*(knobs or ["config/train_gpt2.py"]), "--vocab_size=50304"])  # GPT-2's, padded
+    cfg = load_model_config(knobs or ["config/train_gpt2.py"])
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
     with tempfile.TemporaryDirectory() as folder:
         write_model(cfg, Path(folder))
@@ -187,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda argv: main())

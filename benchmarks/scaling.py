@@ -30,10 +30,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import load_model_config, output_file, parser_of, strategies
 
-from configurator import Config, UserError, load_config, run_command
-from memory import STRATEGIES
+from configurator import Config, UserError, run_command
 
 WARMUP_STEPS = 3
 GIB = 2**30
@@ -135,8 +134,7 @@ def exposed_ms(step: Callable[[], None]) -> float:
 
 def settings(args: argparse.Namespace, n_ranks: int) -> list[tuple[str, int]]:
     """(strategy, micro-steps a rank) of one launch; one rank alone has no strategy."""
-    strategies = args.strategies.split(",") if n_ranks > 1 else ["alone"]
-    return list(itertools.product(strategies, map(int, args.micro_steps.split(","))))
+    return list(itertools.product(args.strategies if n_ranks > 1 else ["alone"], map(int, args.micro_steps.split(","))))
 
 
 def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
@@ -189,28 +187,22 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, one launch each")
-    parser.add_argument("--strategies", default="ddp,zero1,fsdp", help="any of the three, with commas between")
+    parser.add_argument("--strategies", type=strategies, default="ddp,zero1,fsdp", help="any of the three, with commas between")
     parser.add_argument("--micro_steps", default="1,4", help="micro-steps a rank")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--no_profile", dest="profile", action="store_false", help="do not measure exposed communication")
-    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--json", type=output_file, help="write the figures here as well")
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # a launch writes its figures here
     args, knobs = parser.parse_known_args()
-    if unknown := set(args.strategies.split(",")).difference(STRATEGIES):
-        parser.error(f"--strategies: no {unknown.pop()!r}; there are {', '.join(STRATEGIES)}")
-    cfg = load_config(knobs)
-    if cfg.model.vocab_size == 0:
-        knobs.append("--vocab_size=50304")  # GPT-2's, padded
-        cfg = load_config(knobs)
+    cfg = load_model_config(knobs)
     if args.rows:
         run_ranks(args, cfg)
         return 0
     rows: list[dict[str, Any]] = []
     failed = False
-    flags = [f"--{name}={value}" for name, value in vars(args).items() if name in ("strategies", "micro_steps", "steps")]
+    flags = [f"--strategies={','.join(args.strategies)}", f"--micro_steps={args.micro_steps}", f"--steps={args.steps}"]
     numbers = [int(n) for n in args.ranks.split(",")]
     on_gpu = cfg.run.device != "cpu"
     visible = visible_gpus() if on_gpu else []
@@ -237,7 +229,7 @@ def main() -> int:
     if rows:
         report(rows)
     if rows and args.json:
-        Path(args.json).write_text(json.dumps({"config": cfg.model.architecture, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"config": cfg.model.architecture, "rows": rows}, indent=1) + "\n")
     return int(failed)
 
 

@@ -12,19 +12,15 @@ hold for the sake of speed where memory allows it must be asked for by its knobs
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from contextlib import AbstractContextManager, ExitStack
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import load_model_config, output_file, parser_of, strategies
 
-from configurator import Config, load_config, run_command
-from memory import STRATEGIES
+from configurator import Config, run_command
 
 GIB = 2**30
 
@@ -125,23 +121,18 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
+    parser = parser_of(__doc__)
     parser.add_argument("--ranks", default="8,64,1024")
-    parser.add_argument("--strategies", default="ddp,zero1,fsdp")
+    parser.add_argument("--strategies", type=strategies, default="ddp,zero1,fsdp")
     parser.add_argument("--micro_steps", type=int, default=1, help="a rank")
-    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--json", type=output_file, help="write the figures here as well")
     args, knobs = parser.parse_known_args()
-    if unknown := set(args.strategies.split(",")).difference(STRATEGIES):
-        parser.error(f"--strategies: no {unknown.pop()!r}; there are {', '.join(STRATEGIES)}")
-    cfg = load_config([*knobs, "--device=cpu", "--dtype=bfloat16"])
-    if cfg.model.vocab_size == 0:
-        cfg = load_config([*knobs, "--device=cpu", "--dtype=bfloat16", "--vocab_size=50304"])  # GPT-2's, padded
-    settings = itertools.product(map(int, args.ranks.split(",")), args.strategies.split(","))
+    cfg = load_model_config([*knobs, "--device=cpu", "--dtype=bfloat16"])
+    settings = itertools.product(map(int, args.ranks.split(",")), args.strategies)
     rows = [simulate(cfg, n, strategy, args.micro_steps) for n, strategy in settings]
     report(rows)
     if args.json:
-        Path(args.json).write_text(json.dumps({"config": cfg.model.architecture, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"config": cfg.model.architecture, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the two logs. On a GPU pass --deterministic=True. Exits with 1 where anything di
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import signal
@@ -19,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import parser_of
 
 from configurator import ROOT, UserError, load_config, run_command
 
@@ -58,8 +57,7 @@ def train_with_stops(knobs: list[str], out_dir: Path, stop_steps: list[int]) -> 
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
+    parser = parser_of(__doc__)
     parser.add_argument("--stops", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the places to stop at")
     args, knobs = parser.parse_known_args()

@@ -26,9 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import load_model_config, output_file, parser_of
 
-from configurator import Config, load_config, run_command
+from configurator import Config, run_command
 
 WARMUP_STEPS = 10
 Step = Callable[[Any, Any], None]  # idx, targets (B, T) int64 each
@@ -241,7 +241,7 @@ def print_profile(step: Step, batches: Any) -> None:
     print(f"{span_us / 3:12,.0f} from the first kernel to the last, a step")
 
 
-def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | None) -> None:
+def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: Path | None) -> None:
     import torch
 
     from flops import flops_per_token, peak_tflops
@@ -269,25 +269,21 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: str | No
     if path:
         about = {"architecture": cfg.model.architecture, "batch": [cfg.data.batch_size, cfg.model.block_size]}
         software = {"gpu": gpu, "torch": torch.__version__}
-        Path(path).write_text(json.dumps(about | software | {"contestants": result}, indent=1) + "\n")
+        path.write_text(json.dumps(about | software | {"contestants": result}, indent=1) + "\n")
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
+    parser = parser_of(__doc__)
     parser.add_argument("--peer", action="append", default=[], help="another contestant; may be repeated")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each contestant")
     parser.add_argument("--steps", type=int, default=40, help="that each of them takes, behind the first ones")
     parser.add_argument("--profile", action="store_true", help="print where our own step's time goes")
-    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--json", type=output_file, help="write the figures here as well")
     parser.add_argument("--contestant", help=argparse.SUPPRESS)  # the child process
     args, knobs = parser.parse_known_args()
-    cfg = load_config(knobs)
-    if cfg.model.vocab_size == 0:
-        knobs.append("--vocab_size=50304")  # GPT-2's, padded
-        cfg = load_config(knobs)
+    cfg = load_model_config(knobs)
     if args.contestant:
-        Path(args.json).write_text(json.dumps(run_contestant(args.contestant, cfg, args.steps, args.profile)))
+        args.json.write_text(json.dumps(run_contestant(args.contestant, cfg, args.steps, args.profile)))
         return
     names = ["nanotrain", *args.peer]
     if unknown := [name for name in names if name.partition(":")[0] not in CONTESTANTS]:

@@ -19,14 +19,14 @@ import time
 from itertools import cycle
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+from command_line import parser_of
 
 from data.corpus import Recipe, prepare
 from data.source import local_source
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--megabytes", type=float, default=64, help="size of the comparison (default 64)")
     parser.add_argument("--gigabytes", type=float, default=0, help="size of the single text file (default 0: leave it out)")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each side (default 5)")

@@ -19,7 +19,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command_line import output_file, parser_of
 
 from configurator import ROOT, UserError, load_config, run_command
 
@@ -95,12 +95,11 @@ def write_dataset(folder: Path, vocab_size: int = 50_257, n_tokens: int = 20_000
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)  # what is not known is a knob
+    parser = parser_of(__doc__)
     parser.add_argument("--config", default="config/train_gpt2.py")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--json", help="write the figures here as well")
+    parser.add_argument("--json", type=output_file, help="write the figures here as well")
     parser.add_argument("--bare", help=argparse.SUPPRESS)  # the child process: write step times to this file
     args, knobs = parser.parse_known_args()
     if args.bare:
@@ -127,7 +126,7 @@ def main() -> None:
     report(bare, train, args.json)
 
 
-def report(bare: list[list[float]], train: list[list[float]], path: str | None) -> None:
+def report(bare: list[list[float]], train: list[list[float]], path: Path | None) -> None:
     def describe(times: list[list[float]]) -> dict[str, float | list[float]]:
         steps = [t for round_times in times for t in round_times]
         return {
@@ -148,7 +147,7 @@ def report(bare: list[list[float]], train: list[list[float]], path: str | None) 
         f"train.py runs at {figures['ratio_of_medians']:.4f} of the bare loop (medians), {figures['ratio_of_means']:.4f} (means)"
     )
     if path:
-        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

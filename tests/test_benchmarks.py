@@ -12,6 +12,9 @@ import pytest
 from configurator import ROOT
 from tiny_runs import Runs
 
+PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
+WRITERS = [(path.name, "--json") for path in PROGRAMS if "--json" in path.read_text(encoding="utf-8")]
+WRITERS += [("fp8_accuracy.py", "--figure"), ("hellaswag_agreement.py", "--keep_items")]
 TINY = "--device=cpu --compile=False --n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --batch_size=2".split()
 
 
@@ -58,8 +61,23 @@ def test_fp8_accuracy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "program", ["loss_parity.py", "fp8_accuracy.py", "stop_and_resume.py", "throughput.py", "scaling.py", "simulation.py"]
+    "program",
+    "loss_parity.py fp8_accuracy.py stop_and_resume.py throughput.py scaling.py simulation.py sampling.py".split(),
 )
 def test_a_mistake_is_answered_in_a_line(program: str) -> None:
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / program, "nope.py"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "nope.py: no such config file" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("file", "problem"), [("nowhere/x.png", ": there is no folder nowhere"), (".", " is a folder")])
+@pytest.mark.parametrize(("program", "option"), WRITERS)
+def test_what_could_not_be_written_is_said_before_any_work(
+    program: str, option: str, file: str, problem: str, tmp_path: Path
+) -> None:
+    """Nothing is measured, as nothing has imported torch: minutes later the figures would be lost."""
+    command = [sys.executable, "-X", "importtime", ROOT / "benchmarks" / program, f"{option}={file}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "command_line" in imported and "torch" not in imported
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    assert done.stderr.endswith(f"error: argument {option}: {file}{problem}\n")

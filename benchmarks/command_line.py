@@ -1,0 +1,38 @@
+"""What the command lines of these programs have in common. Whoever imports it may import the project's modules after it."""
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import Config, load_config
+from memory import STRATEGIES
+
+
+def parser_of(description: str | None) -> ArgumentParser:
+    """Shows the description as it is written, and takes no abbreviations: what it does not know may be a knob of train.py's."""
+    return ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def output_file(text: str) -> Path:
+    """The type of an option that names a file to write when all is measured. Raises ArgumentTypeError where that could not be."""
+    path = Path(text)
+    if path.is_dir():
+        raise ArgumentTypeError(f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise ArgumentTypeError(f"{path}: there is no folder {path.parent}")
+    return path
+
+
+def strategies(text: str) -> list[str]:
+    """The type of --strategies, names with commas between. Raises ArgumentTypeError for one that there is not."""
+    if unknown := set(text.split(",")).difference(STRATEGIES):
+        raise ArgumentTypeError(f"no {unknown.pop()!r}; there are {', '.join(STRATEGIES)}")
+    return text.split(",")
+
+
+def load_model_config(knobs: list[str]) -> Config:
+    """train.py's, for random tokens: a vocabulary left to the dataset counts as GPT-2's, padded. Raises UserError as it does."""
+    cfg = load_config(knobs)
+    return cfg if cfg.model.vocab_size else load_config([*knobs, "--vocab_size=50304"])
