@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
+from operator import sub
 from pathlib import Path
+from statistics import mean
 
 from command_line import output_file
 from loss_parity import check_seeds, losses_of, losses_parser
@@ -22,27 +23,27 @@ from loss_parity import check_seeds, losses_of, losses_parser
 from configurator import UserError, load_config, run_command
 
 PLAIN, PLAIN_KNOBS = "without FP8", ["--use_fp8=False", "--fp8_required=False", "--fp8_less_memory=False"]
-
-
-def window_means(losses: list[float], windows: int) -> list[float]:
-    """The means of so many equal stretches."""
-    borders = [round(i * len(losses) / windows) for i in range(windows + 1)]
-    return [statistics.mean(losses[first:end]) for first, end in itertools.pairwise(borders)]
-
-
 Losses = dict[str, list[list[float]]]  # by setting: those of each seed
 
 
-def print_table(losses: Losses, n_windows: int) -> None:
-    plain, *others = ([window_means(run, n_windows) for run in runs] for runs in losses.values())  # (seeds, windows) each
+def compare(losses: Losses, n_windows: int) -> tuple[list[list[float]], Losses]:
+    """Means over equal stretches of the run, (windows, seeds): those without FP8, and what each recipe adds to them."""
     n_steps = len(losses[PLAIN][0])
-    print(f"{'to step':>8s} {PLAIN:>12s} {'spread':>8s}" + "".join(f"{name:>34s}" for name in list(losses)[1:]))
-    for i in range(n_windows):
-        base = [run[i] for run in plain]
-        row = f"{round((i + 1) * n_steps / n_windows):8d} {statistics.mean(base):12.5f} {max(base) - min(base):8.5f}"
-        for runs in others:
-            shifts = [run[i] - without for run, without in zip(runs, base, strict=True)]
-            row += f"{statistics.mean(shifts):+14.5f} ({min(shifts):+.5f}, {max(shifts):+.5f})"
+    windows = list(itertools.pairwise(round(i * n_steps / n_windows) for i in range(n_windows + 1)))
+    means = {name: [[mean(run[first:end]) for run in runs] for first, end in windows] for name, runs in losses.items()}
+    plain = means.pop(PLAIN)
+    added = {name: [list(map(sub, *pair)) for pair in zip(table, plain, strict=True)] for name, table in means.items()}
+    return plain, added
+
+
+def print_table(losses: Losses, n_windows: int) -> None:
+    plain, added = compare(losses, n_windows)
+    n_steps = len(losses[PLAIN][0])
+    print(f"{'to step':>8s} {PLAIN:>12s} {'spread':>8s}" + "".join(f"{name:>34s}" for name in added))
+    for i, (base, *others) in enumerate(zip(plain, *added.values(), strict=True)):
+        row = f"{round((i + 1) * n_steps / n_windows):8d} {mean(base):12.5f} {max(base) - min(base):8.5f}"
+        for shifts in others:
+            row += f"{mean(shifts):+14.5f} ({min(shifts):+.5f}, {max(shifts):+.5f})"
         print(row)
 
 
@@ -54,14 +55,12 @@ def draw(losses: Losses, path: Path) -> None:
     axes, n_steps = figure.subplots(), len(losses[PLAIN][0])
     n_windows = min(50, n_steps)
     steps = [n_steps * (i + 0.5) / n_windows for i in range(n_windows)]
-    plain, *others = ([window_means(run, n_windows) for run in runs] for runs in losses.values())  # (seeds, windows) each
-    distances = [[loss - statistics.mean(at) for loss in at] for at in zip(*plain, strict=True)]  # (windows, seeds)
+    plain, added = compare(losses, n_windows)
+    distances = [[loss - mean(at) for loss in at] for at in plain]  # (windows, seeds)
     axes.fill_between(steps, list(map(min, distances)), list(map(max, distances)), color="0.9", label=f"{PLAIN}, all seeds")
-    for number, (name, runs) in enumerate(zip(list(losses)[1:], others, strict=True)):
-        shifts = [[a - b for a, b in zip(run, base, strict=True)] for run, base in zip(runs, plain, strict=True)]
-        for shift in shifts:
-            axes.plot(steps, shift, color=f"C{number}", linewidth=0.6, alpha=0.5)
-        axes.plot(steps, list(map(statistics.mean, zip(*shifts, strict=True))), color=f"C{number}", label=name)
+    for number, (name, shifts) in enumerate(added.items()):
+        axes.plot(steps, shifts, color=f"C{number}", linewidth=0.6, alpha=0.5)  # a line for each seed
+        axes.plot(steps, list(map(mean, shifts)), color=f"C{number}", label=name)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="step", ylabel=f"loss minus that {PLAIN}")
     axes.legend()
