@@ -4,7 +4,8 @@
     dx = dy W,  dW = dy^T x      (Micikevicius et al. 2022, "FP8 formats for deep learning")
 
 FP8_PRODUCTS run so in training; head, embeddings, norms, attention's own products and every evaluation stay in the run's
-dtype. Weights remain float32 and are rounded once a step (where fsdp gathers one for each pass, at each use). A tensor with
+dtype. Weights are rounded from float32 masters once a step (where fsdp gathers one for each pass, at each use), and their
+gradients come out in the run's dtype. A tensor with
 one scale is multiplied by 2^-margin largest / amax, with the amax of the last steps (`delayed`: one pass over the tensor) or its
 own (`current`: two). With `block` every 128 elements have a scale of their own (DeepSeek-V3, section 3.3.2).
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configurator import Config, Fp8Config, UserError
@@ -59,7 +61,11 @@ class Arithmetic:
 
     def rounded_weight(self, weight: Tensor, own: Operands) -> Quantized:
         """A gathered weight, unless this rank has it rounded all along."""
-        return own.copies or self.ops.quantize(weight, E4M3, own.scale_w, own.stats_w)
+        return own.copies or self.round_weight(weight, own)
+
+    def round_weight(self, weight: Tensor, own: Operands, with_columns: bool = True) -> Quantized:
+        """Through the run's dtype, which others get it in: weights are the same however they lie on the ranks."""
+        return self.ops.quantize(weight, E4M3, own.scale_w, own.stats_w, own.copies, with_columns, self.dtype)
 
     def weight_columns(self, weight: Tensor, own: Operands) -> tuple[Tensor, Tensor]:
         """Its transpose, which may not be kept, and the inverse scale: for the input's gradient."""
@@ -124,24 +130,28 @@ class _Product(torch.autograd.Function):
 class Fp8Linear(nn.Linear):
     """A linear layer whose products run in FP8 while it is in training."""
 
-    def attach(self, arithmetic: Arithmetic, scales: tuple[float, float], device: torch.device) -> None:
-        """`scales`: those of the first step for activations and gradients."""
-        self.arithmetic = arithmetic
+    def attach(
+        self, arithmetic: Arithmetic, scales: tuple[float, float], device: torch.device, master: Tensor | None = None
+    ) -> None:
+        """`scales`: those of the first step for activations and gradients; `master`: what to read in the weight's place."""
+        self.arithmetic, self.master = arithmetic, master
         first = (torch.tensor(scale, device=device) for scale in scales)
         scale_w = None if arithmetic.recipe == "block" else torch.ones((), device=device)
         self.own = Operands(None, scale_w, *first, *(torch.zeros(4, dtype=torch.int64, device=device) for _ in CLASSES))
 
     def round_weight(self) -> None:
         """Into the same memory each time, where a CUDA graph finds it."""
-        own, with_columns = self.own, not self.arithmetic.less_memory
-        quantize = self.arithmetic.ops.quantize
-        copies = quantize(self.weight.detach(), E4M3, own.scale_w, own.stats_w, own.copies, with_columns)
-        if own.copies is None:
-            self.own = own._replace(copies=copies)
+        copies = self.arithmetic.round_weight(self.values, self.own, not self.arithmetic.less_memory)
+        if self.own.copies is None:
+            self.own = self.own._replace(copies=copies)
+
+    @property
+    def values(self) -> Tensor:
+        return self.weight.detach() if self.master is None else self.master
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return F.linear(x, self.values, self.bias)
         y = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.own, self.arithmetic).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -233,8 +243,8 @@ class Fp8:
         self._table, self._arrive = table, arrive
         self._weights = [rows[linear.weight] if rows else linear.weight for linear in self.linears]
         self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), 2, device=device)
-        for linear in self.linears:
-            linear.attach(self.arithmetic, self.first_scales, device)
+        for linear, rows_of_weight in zip(self.linears, self._weights, strict=True):
+            linear.attach(self.arithmetic, self.first_scales, device, rows_of_weight.detach() if arrive == "never" else None)
         for block in self.blocks if arrive == "once" else ():
             block.register_forward_pre_hook(lambda block, args: self._round_on_arrival(block))
         self.begin_step()

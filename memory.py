@@ -66,7 +66,9 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     else:
         parameters, gradients, arriving = held_whole(cfg, width, strategy, ranks)
         optimizer = 8 * n // (ranks if strategy == "zero1" else 1)
-        rounded, copies = width * rounded_elements(m, width), head_copy(m, width)
+        # FP8's two copies of a weight take the place of the one in a dtype twice as wide, but not where that comes from others.
+        rounded = width * rounded_elements(m, width) * (2 if cfg.fp8.use_fp8 and strategy == "zero1" else 1)
+        copies = head_copy(m, width)
     activations = tokens * kept_per_token(cfg, dtype)
     _, logits = loss_bytes(cfg, dtype)
     # Behind the head the gradients inside a feed-forward take the logits' place, and what a block computes again.
@@ -90,10 +92,10 @@ def held_whole(cfg: Config, width: int, strategy: Strategy, ranks: int) -> tuple
     A matrix's gradient is made in the products' dtype, and one process with one micro-step leaves it so. Sums and averages are
     float32. zero1 has the masters of its own rows and, where nothing is added up and copy engines bring them, those rows'
     averages; embeddings and head, float32 from the start, are averaged where they lie, and what a collective averages is whole.
-    What copy engines have sent is kept until all have. FP8 rounds float32 parameters, and makes their gradients in float32.
+    What copy engines have sent is kept until all have.
     """
     n, accumulates = count_parameters(cfg.model).total, adds_up(cfg, ranks)
-    matrices = 0 if cfg.fp8.use_fp8 else rounded_elements(cfg.model, width)
+    matrices = rounded_elements(cfg.model, width)
     made = 4 * (n - matrices) + width * matrices
     own = 4 * (n - matrices) + 4 * matrices // ranks
     if ranks == 1:

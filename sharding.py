@@ -13,6 +13,7 @@ follows from `Part`: the optimizer works on the parts alone, and a checkpoint is
 Where products run in another dtype than float32, a block's matrices are parameters in that dtype, and the optimizer updates
 float32 masters of them (Micikevicius et al. 2018, section 3.1). Every value is what autocast would make of float32 parameters,
 but it is rounded once a step and not in each micro-step, and a gradient that is not added to stays as the product has made it.
+FP8 rounds the masters themselves where a rank has all of them; such a parameter has no memory, and is there for its gradient.
 """
 
 from __future__ import annotations
@@ -87,14 +88,17 @@ class Layout:
         self.n_elements = sum(p.numel() for p in model.parameters())
 
     def round_products(self) -> dict[Tensor, Tensor]:
-        """Turns the blocks' matrices into the arithmetic's dtype, one by one: their masters. FP8 rounds its own."""
+        """Turns the blocks' matrices into the arithmetic's dtype, one by one: their masters."""
         if self.dtype == torch.float32:
             return {}
-        linears = [m for unit in self.model.shard_units() for m in unit.modules() if type(m) is nn.Linear]
+        linears = [m for unit in self.model.shard_units() for m in unit.modules() if isinstance(m, nn.Linear)]
         masters = {}
-        for p in (linear.weight for linear in linears):
+        for linear in linears:
+            p = linear.weight
             masters[p] = self.master_of(p.detach())
-            p.data = p.detach().to(self.dtype)
+            # FP8 reads whole masters: what is left of the parameter is its gradient.
+            unread = type(linear) is not nn.Linear and self.weights_arrive == "never"
+            p.data = p.new_empty((), dtype=self.dtype).expand(p.shape) if unread else p.detach().to(self.dtype)
             self._add_up(p)
         return masters
 
@@ -108,7 +112,8 @@ class Layout:
     def part_of(self, parameter: nn.Parameter, master: Tensor | None) -> Part:
         if master is None:
             return Part(parameter, parameter, 0, self.ranks.world_size)
-        return Part(parameter, master, 0, self.ranks.world_size, parameter.detach())
+        rounded = parameter.detach() if parameter.is_contiguous() else None
+        return Part(parameter, master, 0, self.ranks.world_size, rounded)
 
     @property
     def rows(self) -> dict[Tensor, Tensor]:
@@ -145,7 +150,7 @@ class Layout:
 
     def _make_sums(self) -> None:
         """Before anything is recorded as a CUDA graph, which finds them where they are: they stay for the whole run."""
-        self._sums = {p: torch.empty_like(p, dtype=torch.float32) for p in self._summed}
+        self._sums = {p: p.new_empty(p.shape, dtype=torch.float32) for p in self._summed}
         some = self._summed[0]
         for is_first in (True, False):  # compiles the kernel
             self.model.ops.accumulate_(self._sums[some], torch.zeros_like(self._sums[some], dtype=some.dtype), is_first)

@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
+from kernels.inputs import DTYPES
 
 CHUNK = 2048  # elements
 WARPS = 8
 ALIGNMENT = 16  # bytes: what a thread reads and writes at a time
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}  # by PyTorch's Triton's
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"  # interpreted for tests: known when the kernels are decorated
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.inputs import check_devices, check_dtypes
+from kernels.inputs import DTYPES, check_devices, check_dtypes
 from kernels.reference import FP8_BLOCK, Quantized, fp8_limits
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -163,6 +163,7 @@ def _kernel(
     Q,
     K,
     x_stride,
+    THROUGH: tl.constexpr,  # what x is rounded to first, or None
     LARGEST: tl.constexpr,
     MOST: tl.constexpr,
     LEAST: tl.constexpr,
@@ -175,6 +176,8 @@ def _kernel(
     inside = (q < Q) & (k < K)
     q, k = q.to(tl.int64), k.to(tl.int64)  # a large tensor has more than 2^31 elements
     values = load_four(x + 4 * q * x_stride + k, x_stride, inside)  # (R / 4, C) each
+    if THROUGH is not None:
+        values = [v.to(THROUGH).to(tl.float32) for v in values]
     rows += 4 * q * K + k
     if scale is not None:
         factor = tl.load(scale)
@@ -234,30 +237,37 @@ def transpose_bytes(rows: Tensor) -> Tensor:
 
 @torch.library.custom_op("nanotrain::quantize", mutates_args=("stats",))
 def quantize_op(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, with_columns: bool
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, with_columns: bool, through: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`quantize`'s four tensors; the inverse scales are empty where there is one scale."""
-    outputs = quantize_outputs(x, dtype, scale, stats, with_columns)
-    _launch(x, scale, outputs, stats)
+    outputs = quantize_outputs(x, dtype, scale, stats, with_columns, through)
+    _launch(x, scale, outputs, stats, through)
     return outputs
 
 
-def _launch(x: Tensor, scale: Tensor | None, outputs: tuple[Tensor, Tensor, Tensor, Tensor], stats: Tensor) -> None:
+def _launch(
+    x: Tensor,
+    scale: Tensor | None,
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    stats: Tensor,
+    through: torch.dtype | None,
+) -> None:
     if x.stride(1) != 1:
         x = x.contiguous()
+    through = None if through in (None, x.dtype) else DTYPES[through]
     tile = BLOCK_TILE if scale is None else TILE
     rows, rows_inverse, columns, columns_inverse = outputs
     to = rows, rows_inverse, columns if len(columns) else None, columns_inverse
     (M, K), limits = x.shape, fp8_limits(rows.dtype)
     with torch.cuda.device_of(x):
         _kernel[tile.grid(M, K)](
-            x, scale, *to, stats, M // 4, K, x.stride(0), *limits, tile.rows, tile.columns, num_warps=tile.warps
+            x, scale, *to, stats, M // 4, K, x.stride(0), through, *limits, tile.rows, tile.columns, num_warps=tile.warps
         )
 
 
 @quantize_op.register_fake
 def quantize_outputs(
-    x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, with_columns: bool
+    x: Tensor, dtype: torch.dtype, scale: Tensor | None, stats: Tensor, with_columns: bool, through: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, K = x.shape
     m_blocks, k_blocks = (M // FP8_BLOCK, K // FP8_BLOCK) if scale is None else (0, 0)
@@ -274,6 +284,7 @@ def quantize(
     stats: Tensor,
     out: Quantized | None = None,
     with_columns: bool = True,
+    through: torch.dtype | None = None,
 ) -> Quantized:
     """What reference.quantize is. x is float32, bfloat16 or float16, and has a multiple of 4 rows.
 
@@ -281,6 +292,8 @@ def quantize(
     """
     check_devices(x=x, scale=scale)
     check_dtypes(x=x)
+    if through is not None and through not in DTYPES:
+        raise ValueError(f"through: expected float32, bfloat16 or float16, got {through}")
     if x.ndim != 2:
         raise ValueError(f"x: expected a matrix, got shape {list(x.shape)}")
     if x.shape[0] % 4:
@@ -294,9 +307,9 @@ def quantize(
     if out is not None:
         if scale is not None:
             out.rows_inverse.copy_(scale.reciprocal())
-        _launch(x, scale, (out.rows, out.rows_inverse.t(), out.columns, out.columns_inverse.t()), stats)
+        _launch(x, scale, (out.rows, out.rows_inverse.t(), out.columns, out.columns_inverse.t()), stats, through)
         return out
-    rows, rows_inverse, columns, columns_inverse = quantize_op(x, dtype, scale, stats, with_columns)
+    rows, rows_inverse, columns, columns_inverse = quantize_op(x, dtype, scale, stats, with_columns, through)
     if scale is not None:
         inverse = scale.reciprocal()
         return Quantized(rows, inverse, columns, inverse)

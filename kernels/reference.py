@@ -168,6 +168,7 @@ def quantize(
     stats: Tensor,
     out: Quantized | None = None,
     with_columns: bool = True,
+    through: torch.dtype | None = None,
 ) -> Quantized:
     """x (M, K), times `scale` (), rounded to an FP8 dtype; without a scale each FP8_BLOCK elements of a row (or of a column, in
     the transpose) have their own, which makes their largest the largest of the dtype.
@@ -176,9 +177,9 @@ def quantize(
     largest |x| so far (the bits of a float32, whose order is that of integers), values that were too large, by more than
     rounding takes away, values that became 0 and were not, and all values. M and K are multiples of FP8_BLOCK where there is no
     scale. `out`, an earlier result of the same arguments, is written anew. Without `with_columns`, for which there must be a
-    scale, the transpose is (0, M): `transpose_bytes` makes it.
+    scale, the transpose is (0, M): `transpose_bytes` makes it. x is rounded to the dtype `through` before anything else.
     """
-    values = x.float()
+    values = x.to(through or x.dtype).float()
     if scale is None:
         rows, rows_inverse = _round_blocks(values, dtype)
         columns, columns_inverse = _round_blocks(values.t(), dtype)

@@ -16,6 +16,8 @@ from fp8 import E4M3, E5M2, FP8_PRODUCTS, Fp8, Fp8Linear, by_class, choose_fp8, 
 from kernels import REFERENCE
 from kernels.reference import quantize
 from model import Transformer, build_model
+from parallel import Ranks
+from sharding import Layout
 from tiny_runs import Runs
 
 CPU = torch.device("cpu")
@@ -190,6 +192,37 @@ def test_evaluation_is_in_full_precision() -> None:
     model, _ = build()
     exact, ids = build_model(model.cfg, CPU, 1).eval(), torch.randint(64, (1, 7))  # no multiple of 16
     assert torch.equal(model.eval()(ids), exact(ids))
+
+
+def test_where_masters_are_rounded_a_matrix_is_only_there_for_its_gradient() -> None:
+    cfg = Config(model=ModelConfig(**SHAPE), fp8=Fp8Config(use_fp8=True, fp8_emulate=True))
+    fp8, _ = choose_fp8(cfg, CPU, torch.bfloat16, REFERENCE)
+    model, exact = (build_model(cfg.model, CPU, 1, REFERENCE, change) for change in (fp8.convert, lambda model: model))
+    layout = Layout(Ranks(0, 1, CPU), cfg.parallel, torch.bfloat16)
+    layout.attach(model)
+    fp8.attach(CPU, table, rows=layout.rows)
+    layout.begin(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        backward(model)
+        ids = torch.randint(64, (1, 7))
+        assert torch.equal(model.eval()(ids), exact.eval()(ids))
+    for linear in fp8.linears:
+        gradient, of_wide = linear.weight.grad, normal(*linear.weight.shape)
+        assert linear.weight.untyped_storage().nbytes() == 2
+        assert gradient.dtype == torch.bfloat16 and gradient.is_contiguous() and gradient.count_nonzero() > 0
+        rounded = fp8.arithmetic.round_weight(of_wide, linear.own._replace(copies=None))
+        again = fp8.arithmetic.round_weight(of_wide.bfloat16(), linear.own._replace(copies=None))
+        assert torch.equal(rounded.rows.float(), again.rows.float())
+    assert layout.rounded == {}
+
+
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_zero1_is_ddp_bit_for_bit(runs: Runs, micro_steps: int) -> None:
+    flags = (*FP8, "--dtype=bfloat16", "--max_iters=4", f"--gradient_accumulation_steps={2 * micro_steps}")
+    for strategy in ("ddp", "zero1"):
+        runs.run_ranks(2, strategy, *flags, f"--parallel={strategy}")
+    ddp, zero1 = fp8_tensors(runs, "ddp"), fp8_tensors(runs, "zero1")
+    assert ddp.keys() == zero1.keys() and [name for name in ddp if not torch.equal(ddp[name], zero1[name])] == []
 
 
 @pytest.mark.parametrize("less_memory", [False, True])

@@ -24,6 +24,11 @@ def numbers(*shape: int, fp8: torch.dtype = E4M3, dtype: torch.dtype = torch.flo
     return (exact * (1 + 0.03 * torch.rand(shape, generator=draw))).to(DEVICE, dtype)
 
 
+def no_stats() -> Tensor:
+    """Two."""
+    return torch.zeros(2, 4, dtype=torch.int64, device=DEVICE)
+
+
 def assert_equals_reference(x: Tensor, dtype: torch.dtype, scale: float | None) -> None:
     factor = None if scale is None else torch.tensor(scale, device=DEVICE)
     stats, true_stats = (torch.tensor([7, 1, 2, 3], device=DEVICE) for _ in range(2))
@@ -44,8 +49,18 @@ def test_one_scale(shape: tuple[int, int], fp8: torch.dtype, scale: float) -> No
     assert_equals_reference(numbers(*shape, fp8=fp8), fp8, scale)
 
 
+@needs_gpu
+def test_rounded_to_another_dtype_first() -> None:
+    x, scale, (stats, true_stats) = torch.randn(132, 144, device=DEVICE), torch.tensor(16.0, device=DEVICE), no_stats()
+    got = quantize(x, E4M3, scale, stats, through=torch.bfloat16)
+    want = quantize(x.bfloat16(), E4M3, scale, true_stats)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(got, want, strict=True)) and torch.equal(stats, true_stats)
+    again = quantize(x, E4M3, scale, stats, got._replace(rows=torch.empty_like(got.rows)), through=torch.bfloat16)
+    assert torch.equal(again.rows.float(), want.rows.float())
+
+
 def test_rows_alone() -> None:
-    x, scale, (stats, true_stats) = numbers(132, 144), torch.tensor(16.0, device=DEVICE), torch.zeros(2, 4, device=DEVICE).long()
+    x, scale, (stats, true_stats) = numbers(132, 144), torch.tensor(16.0, device=DEVICE), no_stats()
     want, rows = reference.quantize(x, E4M3, scale, true_stats), quantize(x, E4M3, scale, stats, with_columns=False)
     again = quantize(x, E4M3, scale, stats.clone(), rows._replace(rows=torch.empty_like(rows.rows)), with_columns=False)
     assert torch.equal(rows.rows.float(), want.rows.float()) and torch.equal(again.rows.float(), want.rows.float())

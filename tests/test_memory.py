@@ -210,12 +210,12 @@ def test_what_is_on_its_way_to_the_gradients():
     assert predict_memory(through_nccl, "bfloat16", "ddp", 4).peak == held + 2 * unit_parameters(cfg.model)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
-def test_fp8_has_float32_parameters_and_gradients(strategy):
-    cfg = load_config([*LLAMA, "--use_fp8", "--gradient_accumulation_steps=4"])
-    n, use = count_parameters(cfg.model).total, predict_memory(cfg, "bfloat16", strategy, 4)
-    assert (use.parameters, use.gradients) == (4 * n, 4 * n)
-    assert predict_memory(cfg, "bfloat16", "ddp", 1).gradients == 4 * n
+@pytest.mark.parametrize(("strategy", "second_copy"), [("ddp", 0), ("zero1", 2), ("fsdp", 0)])
+def test_fp8_copies_are_bfloat16s(strategy, second_copy):
+    cfg, with_fp8 = (load_config([*LLAMA, *more]) for more in ([], ["--use_fp8"]))
+    use, more = (predict_memory(c, "bfloat16", strategy, 4) for c in (cfg, with_fp8))
+    assert more.peak - use.peak == more.weight_copies - use.weight_copies == second_copy * rounded_elements(cfg.model, 2)
+    assert (more.parameters, more.gradients) == (use.parameters, use.gradients)
 
 
 @pytest.mark.parametrize("knobs", [[], ["--gradient_checkpointing"], ["--bias", "--weight_tying"]])
