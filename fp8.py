@@ -5,9 +5,9 @@
 
 FP8_PRODUCTS run so in training; head, embeddings, norms, attention's own products and every evaluation stay in the run's
 dtype. Weights are rounded from float32 masters once a step (where fsdp gathers one for each pass, at each use), and their
-gradients come out in the run's dtype. A tensor with
-one scale is multiplied by 2^-margin largest / amax, with the amax of the last steps (`delayed`: one pass over the tensor) or its
-own (`current`: two). With `block` every 128 elements have a scale of their own (DeepSeek-V3, section 3.3.2).
+gradients come out in the run's dtype. A tensor with one scale is multiplied by 2^-margin largest / amax, with the amax of the
+last steps (`delayed`: one pass over the tensor; in the first step a weight's own) or its own (`current`: two). With `block`
+every 128 elements have a scale of their own (DeepSeek-V3, section 3.3.2).
 
 Shapes: M tokens, K inputs and N outputs of a product; L products in all.
 """
@@ -92,7 +92,7 @@ def restore(rounded: Tensor, inverse: Tensor) -> Tensor:
     return (rounded.float().unflatten(1, (-1, FP8_BLOCK)) * inverse[..., None]).flatten(1)
 
 
-def scale_of(amax: Tensor, dtype: torch.dtype, margin: int, otherwise: float) -> Tensor:
+def scale_of(amax: Tensor, dtype: torch.dtype, margin: int, otherwise: float | Tensor) -> Tensor:
     """2^-margin largest / amax, float32; `otherwise` where that is no number to multiply with, as before anything was seen."""
     scale = torch.finfo(dtype).max / 2**margin / amax.float()
     return torch.where(torch.isfinite(scale) & (scale > 0), scale, otherwise)
@@ -207,10 +207,10 @@ class Fp8:
 
     cfg: Fp8Config
     arithmetic: Arithmetic | None = None
-    first_scales: tuple[float, float] = (1.0, 1.0)  # of activations and gradients, before anything was seen
+    first_scales: tuple[float, float] = (1.0, 1.0)  # of activations and gradients, before any was seen
     blocks: list[nn.Module] = field(default_factory=list)  # those that have such products
     linears: list[Fp8Linear] = field(default_factory=list)
-    history: Tensor = field(default_factory=lambda: torch.empty(0))  # (fp8_history, L, 2) amax of activations and gradients
+    history: Tensor = field(default_factory=lambda: torch.empty(0))  # (fp8_history, L, 3) amax by CLASSES
 
     @property
     def active(self) -> bool:
@@ -242,21 +242,22 @@ class Fp8:
         """
         self._table, self._arrive = table, arrive
         self._weights = [rows[linear.weight] if rows else linear.weight for linear in self.linears]
-        self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), 2, device=device)
+        self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), len(CLASSES), device=device)
         for linear, rows_of_weight in zip(self.linears, self._weights, strict=True):
             linear.attach(self.arithmetic, self.first_scales, device, rows_of_weight.detach() if arrive == "never" else None)
         for block in self.blocks if arrive == "once" else ():
             block.register_forward_pre_hook(lambda block, args: self._round_on_arrival(block))
+        self.measure_weights()
         self.begin_step()
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Before the first micro-step: rounds the weights, or finds the scales for it, and forgets what was counted."""
+        """Before the first micro-step: forgets what was counted, and rounds the weights that are there."""
         if not self.active:
             return
         torch._foreach_zero_(self.statistics())
-        if self.cfg.fp8_recipe != "block":
-            self.set_weight_scales()
+        if self.cfg.fp8_recipe == "current":
+            self.measure_weights()
         for linear in self.linears if self._arrive == "never" else ():
             linear.round_weight()
         self._unrounded = set(self.blocks) if self._arrive == "once" else set()
@@ -269,13 +270,19 @@ class Fp8:
                 if isinstance(linear, Fp8Linear):
                     linear.round_weight()
 
-    def set_weight_scales(self) -> None:
+    @torch.no_grad()
+    def measure_weights(self) -> None:
+        """Their scales, from what they are now. A collective where they arrive."""
+        if not self.active or self.cfg.fp8_recipe == "block":
+            return
         weights = [w.detach() if len(w) else w.new_zeros(1) for w in self._weights]  # a rank may have no rows
         amax = torch.stack(torch._foreach_norm(weights, torch.inf))
         if self._arrive != "never":
             amax = self._table(amax, []).amax(0)
-        scales = scale_of(amax, E4M3, self.cfg.fp8_margin, 1.0)
-        torch._foreach_copy_([linear.own.scale_w for linear in self.linears], list(scales))
+        self._set("scale_w", scale_of(amax, E4M3, self.cfg.fp8_margin, 1.0))
+
+    def _set(self, name: str, scales: Tensor) -> None:
+        torch._foreach_copy_([getattr(linear.own, name) for linear in self.linears], list(scales))
 
     def statistics(self) -> list[Tensor]:
         """Of each product, in the order of CLASSES."""
@@ -290,25 +297,31 @@ class Fp8:
         if not self.active:
             return self.history.new_empty(0, 2)
         stats = torch.stack(self.statistics()).view(-1, 3, 4)  # (L, 3, 4)
-        amax = stats[:, ::2, 0].to(torch.int32).view(torch.float32).flatten()  # (2 L,)
+        amax = stats[..., 0].to(torch.int32).view(torch.float32).flatten()  # (3 L,)
         counts = stats[..., 1:].sum(0).float()  # (3, 3)
         rows = self._table(torch.cat((amax, counts.flatten())), [])
-        amax = rows[:, : len(amax)].amax(0).view(-1, 2)
+        amax = rows[:, : len(amax)].amax(0).view(-1, 3)
         counts = rows[:, amax.numel() :].sum(0).view(3, 3)
         amax = torch.where(torch.isfinite(amax), amax, 0.0)  # of a step that is skipped
         self.history.copy_(torch.cat((amax[None], self.history[:-1])))
-        self.set_scales()
+        self._set_delayed_scales()
         return counts[:, :2] / counts[:, 2:].clamp(min=1)
 
-    @torch.no_grad()
-    def set_scales(self) -> None:
-        """The delayed scales that the history says: a function of it alone, so that a resumed run has the same."""
-        if not self.active:
+    def _set_delayed_scales(self) -> None:
+        """Those that the history says: a function of it alone, so that a resumed run has the same."""
+        if not self.active or self.cfg.fp8_recipe != "delayed":
             return
-        amax, margin = self.history.amax(0), self.cfg.fp8_margin  # (L, 2)
-        x, dy = (scale_of(amax[:, i], dtype, margin, self.first_scales[i]) for i, dtype in enumerate((E4M3, E5M2)))
-        torch._foreach_copy_([linear.own.scale_x for linear in self.linears], list(x))
-        torch._foreach_copy_([linear.own.scale_dy for linear in self.linears], list(dy))
+        (x, w, dy), margin = self.history.amax(0).unbind(1), self.cfg.fp8_margin  # (L,) each
+        measured = torch.stack([linear.own.scale_w for linear in self.linears])
+        self._set("scale_x", scale_of(x, E4M3, margin, self.first_scales[0]))
+        self._set("scale_w", scale_of(w, E4M3, margin, measured))
+        self._set("scale_dy", scale_of(dy, E5M2, margin, self.first_scales[1]))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """When weights and `tensors` have come from a checkpoint."""
+        self.measure_weights()
+        self._set_delayed_scales()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by name."""

@@ -162,7 +162,7 @@ class TrainState:
                 pieces[name] = Piece.whole(torch.empty(saved[name].size, dtype=saved[name].properties.dtype))
         checkpoint.load(pieces)
         self.layout.round()
-        self.fp8.set_scales()
+        self.fp8.restore()
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)

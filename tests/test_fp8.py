@@ -258,14 +258,33 @@ def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
     cfg = Fp8Config(use_fp8=True, fp8_history=2, fp8_margin=1)
     _, fp8 = build()
     fp8.cfg = cfg
-    fp8.history = torch.zeros(2, len(fp8.linears), 2)
-    linear, scales = fp8.linears[0], []
+    fp8.history = torch.zeros(2, len(fp8.linears), 3)
+    own, scales = fp8.linears[0].own, []
     for amax in (4.0, 2.0, 1.0, torch.nan, 0.0, 0.0):
-        linear.own.stats_x[0] = torch.tensor(amax).view(torch.int32).long()
+        for stats in (own.stats_x, own.stats_w, own.stats_dy):
+            stats[0] = torch.tensor(amax).view(torch.int32).long()
         fp8.finish_step()
-        scales.append(linear.own.scale_x.item())
-    first = fp8.first_scales[0]
-    assert scales == [448 / 2 / 4, 448 / 2 / 4, 448 / 2 / 2, 448 / 2 / 1, first, first]
+        scales.append((own.scale_x.item(), own.scale_w.item(), own.scale_dy.item()))
+    x, w, dy = zip(*scales, strict=True)
+    first_x, first_dy = fp8.first_scales
+    assert x == (448 / 2 / 4, 448 / 2 / 4, 448 / 2 / 2, 448 / 2 / 1, first_x, first_x)
+    assert w == (*x[:4], x[3], x[3])  # of nothing it stays, until it is measured
+    assert dy == (*(57344 / 448 * scale for scale in x[:4]), first_dy, first_dy)
+
+
+def test_weights_that_were_read_are_measured() -> None:
+    """At first, and where they are not what the history has seen."""
+    linear = (fp8 := build()[1]).linears[0]
+    largest = linear.weight.abs().max()
+    assert linear.own.scale_w == 448 / largest == 448 / fp8.history[0, 0, 1]
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    fp8.history.zero_()
+    fp8.restore()
+    assert linear.own.scale_w == 448 / (2 * largest)
+    fp8.history[3, 0, 1] = 7.0
+    fp8.restore()
+    assert linear.own.scale_w == 448 / 7
 
 
 def test_ranks_share_what_they_measured() -> None:
@@ -427,8 +446,8 @@ def test_two_ranks_train_as_one(runs: Runs, parallel: str, dtype: str) -> None:
     one, two = runs.losses("one"), runs.losses("two")
     assert two[1] == pytest.approx(one[1], rel=1e-5 if dtype == "float32" else 1e-3) and two[4] == pytest.approx(one[4], rel=5e-3)
     alone, shared = (fp8_tensors(runs, name)["fp8.amax_history"][0] for name in ("one", "two"))  # of the last step
-    torch.testing.assert_close(shared[:, 0], alone[:, 0], rtol=0.05, atol=0)
-    torch.testing.assert_close(shared[:, 1], 2 * alone[:, 1], rtol=0.5, atol=0)  # a rank's, before they are averaged
+    torch.testing.assert_close(shared[:, :2], alone[:, :2], rtol=0.05, atol=0)
+    torch.testing.assert_close(shared[:, 2], 2 * alone[:, 2], rtol=0.5, atol=0)  # a rank's, before they are averaged
 
 
 def test_the_config_of_a_run_without_fp8_does_nothing() -> None:
