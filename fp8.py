@@ -232,16 +232,14 @@ class Fp8:
                 block.ffn = Fp8SwiGLU(block.ffn)
         return model
 
-    def attach(
-        self, device: torch.device, table: Table, arrive: Arrival = "never", rows: Mapping[Tensor, Tensor] | None = None
-    ) -> None:
+    def attach(self, device: torch.device, table: Table, rows: Mapping[Tensor, Tensor], arrive: Arrival = "never") -> None:
         """When the model has its values. `table` brings together what all ranks have measured, as Ranks.table.
 
-        Weights that `arrive` once a step are rounded when they have, before the first forward pass of their block; of them, and
-        of those that arrive at each use, this rank always has `rows`, by parameter.
+        `rows`, by parameter, are what this rank updates, which is all where weights never `arrive`. Those that arrive once a step
+        are rounded when they have, before the first forward pass of their block.
         """
         self._table, self._arrive = table, arrive
-        self._weights = [rows[linear.weight] if rows else linear.weight for linear in self.linears]
+        self._weights = [rows[linear.weight] for linear in self.linears]
         self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), len(CLASSES), device=device)
         for linear, rows_of_weight in zip(self.linears, self._weights, strict=True):
             linear.attach(self.arithmetic, self.first_scales, device, rows_of_weight.detach() if arrive == "never" else None)

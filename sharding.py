@@ -98,7 +98,7 @@ class Layout:
             masters[p] = self.master_of(p.detach())
             # FP8 reads whole masters: what is left of the parameter is its gradient.
             unread = type(linear) is not nn.Linear and self.weights_arrive == "never"
-            p.data = p.new_empty((), dtype=self.dtype).expand(p.shape) if unread else p.detach().to(self.dtype)
+            p.data = p.new_full((), torch.nan, dtype=self.dtype).expand(p.shape) if unread else p.detach().to(self.dtype)
             self._add_up(p)
         return masters
 

@@ -65,7 +65,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     # 3. Model: shapes on meta, then shard, then storage and initialisation, then (below, with a log to say so) compile.
     model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
-    fp8.attach(ranks.device, ranks.table, layout.weights_arrive, layout.rows)
+    fp8.attach(ranks.device, ranks.table, layout.rows, layout.weights_arrive)
 
     # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
     optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)

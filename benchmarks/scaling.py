@@ -61,22 +61,22 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     fp8, _ = choose_fp8(cfg, device, dtype, ops)
     model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
-    fp8.attach(device, ranks.table, layout.weights_arrive, layout.rows)
+    fp8.attach(device, ranks.table, layout.rows, layout.weights_arrive)
     counted_bytes = allocated() - start_bytes
     parameter_bytes = counted_bytes + layout.uncounted_bytes  # with what the exchange keeps for itself
     optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
     optimizer_bytes = allocated() - start_bytes - counted_bytes
     state = TrainState(model, layout, optimizer, LossScale(dtype, device), fp8, ranks, run_name="")
     micro_step = build_micro_step(compile_model(model, cfg, dtype, ranks, lambda line: None), state, cfg, dtype)
-    gradient_bytes = 0
+    gradient_bytes, loss = 0, torch.zeros(())
     idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
 
     def step() -> None:
-        nonlocal gradient_bytes
+        nonlocal gradient_bytes, loss
         fp8.begin_step()
         for number in range(1, micro_steps + 1):
             layout.begin(number, micro_steps)
-            micro_step(idx[0], idx[1])
+            loss = micro_step(idx[0], idx[1])
         gradients = layout.gradients()
         gradient_bytes = gradient_bytes or layout.gradient_bytes()
         update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
@@ -88,6 +88,8 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     for _ in range(WARMUP_STEPS):
         step()
     times_ms = step_times_ms(step, n_steps, device)
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss has become {loss.item()}: what takes no time with such numbers means nothing")
     peak_bytes = torch.cuda.max_memory_allocated() - start_bytes + layout.uncounted_bytes if on_gpu else 0
     split = {"parameters": parameter_bytes, "gradients": gradient_bytes, "optimizer": optimizer_bytes}
     return {

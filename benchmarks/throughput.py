@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -28,10 +29,10 @@ from typing import Any
 
 from command_line import load_model_config, output_file, parser_of
 
-from configurator import Config, run_command
+from configurator import Config, UserError, run_command
 
 WARMUP_STEPS = 10
-Step = Callable[[Any, Any], None]  # idx, targets (B, T) int64 each
+Step = Callable[[Any, Any], Any]  # idx, targets (B, T) int64 each -> the loss
 
 
 def nanotrain(cfg: Config, _: str) -> Step:
@@ -53,7 +54,7 @@ def nanotrain(cfg: Config, _: str) -> Step:
     model = build_model(cfg.model, device, cfg.run.seed, ops, fp8.convert)
     layout = Layout(Ranks(0, 1, device), cfg.parallel, torch.bfloat16)
     layout.attach(model)
-    fp8.attach(device, lambda figures, _: figures[None])
+    fp8.attach(device, lambda figures, _: figures[None], layout.rows)
     optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
     scale = LossScale(torch.bfloat16, device)
     forward = torch.compile(model)
@@ -69,12 +70,13 @@ def nanotrain(cfg: Config, _: str) -> Step:
     model.zero_grad(set_to_none=True)
     graphed = GraphedMicroStep(micro_step, model.parameters()) if cfg.run.cuda_graph else micro_step
 
-    def step(idx: torch.Tensor, targets: torch.Tensor) -> None:
+    def step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         fp8.begin_step()
         layout.begin(1, micro_steps=1)
-        graphed(idx, targets)
+        loss = graphed(idx, targets)
         update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, False, layout.gradients())
         fp8.finish_step()
+        return loss
 
     return step
 
@@ -88,13 +90,14 @@ def peer_step(model: Any, loss_of: Callable[[Any, Any], Any], cfg: Config) -> St
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), fused=True)
 
-    def step(idx: torch.Tensor, targets: torch.Tensor) -> None:
+    def step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             loss = loss_of(idx, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
 
     return step
 
@@ -199,7 +202,10 @@ CONTESTANTS = {
 
 
 def run_contestant(name: str, cfg: Config, steps: int, profile: bool) -> dict[str, Any]:
-    """In a process of its own: step times in milliseconds and peak memory."""
+    """In a process of its own: step times in milliseconds, peak memory, and the losses of the first step and of the last.
+
+    Raises UserError where that is not finite: with such numbers a GPU draws less power, and so is faster.
+    """
     import torch
 
     torch.set_float32_matmul_precision("high")
@@ -207,7 +213,7 @@ def run_contestant(name: str, cfg: Config, steps: int, profile: bool) -> dict[st
     contestant, _, argument = name.partition(":")
     step = CONTESTANTS[contestant](cfg, argument)
     batches = torch.randint(cfg.model.vocab_size, (4, 2, cfg.data.batch_size, cfg.model.block_size), device="cuda")
-    events = []
+    events, losses = [], []
     for number in range(WARMUP_STEPS + steps + 1):
         if number == WARMUP_STEPS // 2:  # what compiling has left goes; what a CUDA graph has reserved for itself stays
             torch.cuda.synchronize()
@@ -216,12 +222,15 @@ def run_contestant(name: str, cfg: Config, steps: int, profile: bool) -> dict[st
         if number >= WARMUP_STEPS:
             events.append(torch.cuda.Event(enable_timing=True))
             events[-1].record()
-        step(*batches[number % 4])
-    torch.cuda.synchronize()
+        loss = step(*batches[number % 4])
+        if number in (0, WARMUP_STEPS + steps):
+            losses.append(loss.item())
+    if not math.isfinite(losses[-1]):
+        raise UserError(f"{name}: the loss went from {losses[0]:.4f} to {losses[-1]}")
     if profile and contestant == "nanotrain":
         print_profile(step, batches)
     times_ms = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return {"times_ms": times_ms, "peak_gib": torch.cuda.max_memory_reserved() / 2**30}
+    return {"times_ms": times_ms, "peak_gib": torch.cuda.max_memory_reserved() / 2**30, "losses": losses}
 
 
 def print_profile(step: Step, batches: Any) -> None:
@@ -258,14 +267,16 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: Path | N
             "tokens_per_s": round(tokens_per_s),
             "mfu_percent": peak and round(100 * flops_per_token(cfg.model) * tokens_per_s / peak / 1e12, 2),
             "peak_gib": round(max(r["peak_gib"] for r in rounds), 2),
+            "losses": [round(loss, 4) for loss in rounds[0]["losses"]],
         }
     ours, gpu = result["nanotrain"], torch.cuda.get_device_name()
     print(f"\n{cfg.model.architecture}, {cfg.data.batch_size} x {cfg.model.block_size:,}, {gpu}, torch {torch.__version__}")
-    print(f"{'':32s} {'ms':>9s} {'tokens/s':>10s} {'MFU %':>7s} {'GiB':>7s} {'ours / theirs':>14s}  rounds, ms")
+    print(f"{'':32s} {'ms':>9s} {'tokens/s':>10s} {'MFU %':>7s} {'GiB':>7s} {'ours / theirs':>14s}  rounds, ms (losses)")
     for name, row in result.items():
         ratio, mfu = ours["tokens_per_s"] / row["tokens_per_s"], row["mfu_percent"] or float("nan")
         figures_of_row = f"{row['step_ms']:9.2f} {row['tokens_per_s']:10,d} {mfu:7.2f} {row['peak_gib']:7.2f} {ratio:14.3f}"
-        print(f"{name:32s} {figures_of_row}  {', '.join(f'{ms:.2f}' for ms in row['rounds_ms'])}")
+        losses = " to ".join(f"{loss:.3f}" for loss in row["losses"])
+        print(f"{name:32s} {figures_of_row}  {', '.join(f'{ms:.2f}' for ms in row['rounds_ms'])} ({losses})")
     if path:
         about = {"architecture": cfg.model.architecture, "batch": [cfg.data.batch_size, cfg.model.block_size]}
         software = {"gpu": gpu, "torch": torch.__version__}

@@ -44,6 +44,10 @@ def table(figures: Tensor, _: list[float]) -> Tensor:
     return figures[None]
 
 
+def rows_of(model: Transformer) -> dict[Tensor, Tensor]:
+    return {p: p for p in model.parameters()}
+
+
 def build(recipe: str = "delayed", less_memory: bool = False, **knobs: object) -> tuple[Transformer, Fp8]:
     """A model with FP8 products, whose scales have seen one step."""
     cfg = Config(
@@ -53,7 +57,7 @@ def build(recipe: str = "delayed", less_memory: bool = False, **knobs: object) -
     )
     fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE)
     model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
-    fp8.attach(CPU, table)
+    fp8.attach(CPU, table, rows_of(model))
     backward(model)
     fp8.finish_step()
     fp8.begin_step()
@@ -200,7 +204,7 @@ def test_where_masters_are_rounded_a_matrix_is_only_there_for_its_gradient() -> 
     model, exact = (build_model(cfg.model, CPU, 1, REFERENCE, change) for change in (fp8.convert, lambda model: model))
     layout = Layout(Ranks(0, 1, CPU), cfg.parallel, torch.bfloat16)
     layout.attach(model)
-    fp8.attach(CPU, table, rows=layout.rows)
+    fp8.attach(CPU, table, layout.rows)
     layout.begin(1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         backward(model)
@@ -291,7 +295,7 @@ def test_ranks_share_what_they_measured() -> None:
     histories = []
     for of_all in (table, lambda figures, _: torch.stack([figures, 2 * figures])):
         model, fp8 = build()
-        fp8.attach(CPU, of_all)
+        fp8.attach(CPU, of_all, rows_of(model))
         backward(model)
         fp8.finish_step()
         histories.append(fp8.history[0])
