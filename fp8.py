@@ -30,7 +30,8 @@ from precision import dtype_name
 FP8_PRODUCTS = ("attention.qkv", "attention.out", "ffn.up", "ffn.out")  # of a block
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CLASSES = ("activations", "weights", "gradients")
-OLDEST = (8, 9)  # compute capability: Ada
+OLDEST, HOPPER = (8, 9), 9  # compute capability: Ada's, and the first digit of the one whose products have scales of blocks
+OLDEST_WITH_BLOCKS = (12, 9)  # CUDA
 DIVISOR = 16  # of the sides of a product, as cuBLAS wants them
 Table = Callable[[Tensor, list[float]], Tensor]
 Arrival = Literal["never", "once", "often"]  # at a rank, of the weights that others have updated: once or more often a step
@@ -127,6 +128,11 @@ class _Product(torch.autograd.Function):
         return dx, arithmetic.multiply(rounded[2:], x, weight.dtype), None, None
 
 
+def unflatten(rows: Tensor, x: Tensor) -> Tensor:
+    """(M, N) -> (..., N), as x (..., K) is. Not a view for autograd: fully_shard's hooks warn of a block that returns one."""
+    return torch.ops.aten._unsafe_view(rows, [*x.shape[:-1], rows.shape[-1]])
+
+
 class Fp8Linear(nn.Linear):
     """A linear layer whose products run in FP8 while it is in training."""
 
@@ -152,7 +158,7 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.linear(x, self.values, self.bias)
-        y = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.own, self.arithmetic).view(*x.shape[:-1], -1)
+        y = unflatten(_Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.own, self.arithmetic), x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -193,7 +199,7 @@ class Fp8SwiGLU(nn.Module):
         if not self.training:
             return out(self.activation(up(x)))
         rows = x.reshape(-1, x.shape[-1])
-        return _SwiGLU.apply(rows, up.weight, out.weight, up.own, out.own, up.arithmetic).view(x.shape)
+        return unflatten(_SwiGLU.apply(rows, up.weight, out.weight, up.own, out.own, up.arithmetic), x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +216,8 @@ class Fp8:
     first_scales: tuple[float, float] = (1.0, 1.0)  # of activations and gradients, before any was seen
     blocks: list[nn.Module] = field(default_factory=list)  # those that have such products
     linears: list[Fp8Linear] = field(default_factory=list)
-    history: Tensor = field(default_factory=lambda: torch.empty(0))  # (fp8_history, L, 3) amax by CLASSES
+    micro_steps: int = 1  # of a rank; its loss is divided by them
+    history: Tensor = field(default_factory=lambda: torch.empty(0))  # (fp8_history, L, 3) amax by CLASSES, undivided
 
     @property
     def active(self) -> bool:
@@ -287,10 +294,10 @@ class Fp8:
         return [stats for linear in self.linears for stats in linear.own[4:]]
 
     @torch.no_grad()
-    def finish_step(self) -> Tensor:
-        """After the last micro-step: the next step's scales. (3, 2) shares of all values, by CLASSES: saturated, became 0.
+    def finish_step(self, overflow: Tensor) -> Tensor:
+        """After the update: the next step's scales, the last ones where an `overflow` of 1 says that it was skipped.
 
-        Without FP8 (0, 2).
+        (3, 2) shares of all values, by CLASSES: saturated, became 0. Without FP8 (0, 2).
         """
         if not self.active:
             return self.history.new_empty(0, 2)
@@ -300,8 +307,8 @@ class Fp8:
         rows = self._table(torch.cat((amax, counts.flatten())), [])
         amax = rows[:, : len(amax)].amax(0).view(-1, 3)
         counts = rows[:, amax.numel() :].sum(0).view(3, 3)
-        amax = torch.where(torch.isfinite(amax), amax, 0.0)  # of a step that is skipped
-        self.history.copy_(torch.cat((amax[None], self.history[:-1])))
+        amax[:, CLASSES.index("gradients")] *= self.micro_steps
+        self.history.copy_(torch.where(overflow > 0, self.history, torch.cat((amax[None], self.history[:-1]))))
         self._set_delayed_scales()
         return counts[:, :2] / counts[:, 2:].clamp(min=1)
 
@@ -313,11 +320,17 @@ class Fp8:
         measured = torch.stack([linear.own.scale_w for linear in self.linears])
         self._set("scale_x", scale_of(x, E4M3, margin, self.first_scales[0]))
         self._set("scale_w", scale_of(w, E4M3, margin, measured))
-        self._set("scale_dy", scale_of(dy, E5M2, margin, self.first_scales[1]))
+        self._set("scale_dy", self.micro_steps * scale_of(dy, E5M2, margin, self.first_scales[1]))
+
+    def take(self, history: Tensor) -> None:
+        """The newest steps of a history of another length."""
+        if self.active and history.shape[1:] == self.history.shape[1:]:
+            n = min(len(history), len(self.history))
+            self.history[:n] = history[:n]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """When weights and `tensors` have come from a checkpoint."""
+        """When weights, and `tensors` of a checkpoint, have been read: scales for them."""
         self.measure_weights()
         self._set_delayed_scales()
 
@@ -326,7 +339,7 @@ class Fp8:
         return {"fp8.amax_history": self.history} if self.active and self.cfg.fp8_recipe == "delayed" else {}
 
 
-def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Operations) -> tuple[Fp8, list[str]]:
+def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Operations, n_ranks: int = 1) -> tuple[Fp8, list[str]]:
     """(the run's FP8, lines for the log). Raises UserError where it cannot run and is required."""
     if not cfg.fp8.use_fp8:
         return Fp8(cfg.fp8), []
@@ -337,12 +350,12 @@ def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Opera
     emulated = cfg.fp8.fp8_emulate
     own_ops = REFERENCE if emulated else ops
     arithmetic = Arithmetic(cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, cfg.fp8.fp8_less_memory, own_ops)
-    # What a block's products read is near 1, with outliers; the loss is a mean over a step's tokens, so gradients start out near
+    # What a block's products read is near 1, with outliers; the loss is a mean over the tokens, so gradients start out near
     # 1 / tokens. Either may be a hundred times larger or smaller for the one step that this has to do.
-    tokens = cfg.data.batch_size * cfg.data.gradient_accumulation_steps * cfg.model.block_size
+    tokens, micro_steps = cfg.data.batch_size * cfg.model.block_size, cfg.data.gradient_accumulation_steps // n_ranks
     how = [f"{cfg.fp8.fp8_recipe} scaling", *["less memory"] * arithmetic.less_memory, *["emulated"] * emulated]
     line = f"FP8 in {', '.join(FP8_PRODUCTS)} of each block, {', '.join(how)}"
-    return Fp8(cfg.fp8, arithmetic, (16.0, float(tokens))), [line]
+    return Fp8(cfg.fp8, arithmetic, (16.0, float(tokens)), micro_steps=micro_steps), [line]
 
 
 def why_not(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -352,8 +365,11 @@ def why_not(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None
     if not cfg.fp8.fp8_emulate:
         if device.type != "cuda":
             return "a CPU has no FP8 products; --fp8_emulate rounds as they do, slowly"
-        if torch.cuda.get_device_capability(device) < OLDEST:
-            return f"{torch.cuda.get_device_name(device)} is older than Ada and Hopper; --fp8_emulate rounds as they do, slowly"
+        capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
+        if capability < OLDEST:
+            return f"{name} is older than Ada and Hopper; --fp8_emulate rounds as they do, slowly"
+        if cfg.fp8.fp8_recipe == "block" and (capability[0] != HOPPER or cuda_version() < OLDEST_WITH_BLOCKS):
+            return f"blocks with scales of their own need Hopper and CUDA 12.9, not {name}; pass --fp8_recipe=delayed"
     m, divisor = cfg.model, FP8_BLOCK if cfg.fp8.fp8_recipe == "block" else DIVISOR
     sides = {
         "n_embd": m.n_embd,
@@ -365,6 +381,11 @@ def why_not(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None
     return f"{', '.join(uneven)}: must be a multiple of {divisor} for fp8_recipe={cfg.fp8.fp8_recipe}" if uneven else None
 
 
+def cuda_version() -> tuple[int, ...]:
+    """PyTorch's; () where it has none."""
+    return tuple(map(int, torch.version.cuda.split("."))) if torch.version.cuda else ()
+
+
 def by_class(shares: list[float]) -> dict[str, Any]:
     """`finish_step`'s figures, read back, as the run log has them; empty without FP8."""
     pairs = zip(shares[::2], shares[1::2], strict=True)
@@ -374,12 +395,12 @@ def by_class(shares: list[float]) -> dict[str, Any]:
     }
 
 
-def losses_above(figures: dict[str, Any], percent: float) -> list[str]:
-    """What of `by_class` is above so many percent, in words."""
+def losses_above(figures: dict[str, Any], percent: float) -> dict[str, str]:
+    """What of `by_class` is above so many percent, in words, by its name."""
     what = {"saturated_percent": "were too large for FP8", "flushed_percent": "became 0 in FP8"}
-    return [
-        f"{share:.2f} % of the {name} {what[key]}"
+    return {
+        f"{name}.{key}": f"{share:.2f} % of the {name} {what[key]}"
         for name, shares in figures.items()
         for key, share in shares.items()
         if share > percent
-    ]
+    }

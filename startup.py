@@ -154,15 +154,18 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """From a checkpoint of any number of ranks and any layout. Raises UserError where it is of another model."""
         pieces, saved = {name: piece for name, piece, _ in self.held()}, checkpoint.metadata.state_dict_metadata
+        others: dict[str, torch.Tensor] = {}  # that have another shape here, or no place
         # A run may go on in another dtype: scales that were not saved start afresh, and those that are not needed are dropped.
         for name in {name for name in pieces | saved if name.startswith(("loss_scale.", "fp8."))}:
             if name not in saved:
                 del pieces[name]
             elif name not in pieces or pieces[name].shape != tuple(saved[name].size):
-                pieces[name] = Piece.whole(torch.empty(saved[name].size, dtype=saved[name].properties.dtype))
+                others[name] = torch.empty(saved[name].size, dtype=saved[name].properties.dtype)
+                pieces[name] = Piece.whole(others[name])
         checkpoint.load(pieces)
         self.layout.round()
-        self.fp8.restore()
+        if "fp8.amax_history" in others:
+            self.fp8.take(others["fp8.amax_history"])
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
@@ -175,6 +178,7 @@ def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretra
     elif pretrained:
         load_weights(state.model, pretrained, state.layout.put)
         state.layout.round()
+    state.fp8.restore()
 
 
 def launch_id() -> str | None:
@@ -312,9 +316,10 @@ def load_questions(cfg: Config, dataset: Dataset, ranks: Ranks) -> Questions | N
 def choose_kernels(cfg: Config, device: torch.device) -> tuple[kernels.Operations, dict[str, str]]:
     """(the operations of the model, who computes them by knob: triton or torch)."""
     try:
-        return kernels.choose(vars(cfg.kernels), device.type)
+        ops, chosen = kernels.choose(vars(cfg.kernels), device.type)
     except ValueError as error:
         raise UserError(str(error)) from None
+    return ops, chosen | ({"fp8_kernel": "torch"} if cfg.fp8.fp8_emulate else {})
 
 
 def run_name_of(cfg: Config, checkpoint: Checkpoint | None, ranks: Ranks) -> str:

@@ -51,7 +51,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     stop = StopRequest(cfg.run.max_hours, ranks)
     cfg, pretrained = startup.with_weights(cfg, ranks)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
-    fp8, fp8_notes = choose_fp8(cfg, ranks.device, dtype, ops)
+    fp8, fp8_notes = choose_fp8(cfg, ranks.device, dtype, ops, ranks.world_size)
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
     dataset = load_dataset(cfg.data, cfg.model.block_size)
@@ -117,7 +117,7 @@ class Run:
     stop: StopRequest
     in_latest: tuple[int, int, int] | None  # the state.progress that `latest` holds
     overdue: bool = False  # rank 0 says that `latest` was last written checkpoint_minutes ago
-    fp8_warned: bool = False  # of the step before: a loss that lasts is told once
+    fp8_warned: set[str] = field(default_factory=set)  # what was lost in the step before: a loss that lasts is told once
     saved_s: float = field(default_factory=time.monotonic)  # when `latest` was last written
 
 
@@ -168,7 +168,7 @@ def train_step(run: Run) -> None:
     table = state.ranks.table(loss[None], [run.stop.code, run.readback.own_ms, overdue])  # (ranks, 4)
     with_moments = logged and due(state.step + 1, cfg.log.gradient_log_interval)
     result = update(state.optimizer, cfg.optim, lr, state.loss_scale.scale, with_moments, layout.gradients())
-    fp8_losses = state.fp8.finish_step()
+    fp8_losses = state.fp8.finish_step(result.overflow)
     layout.finish()  # what it brings is under way into the next forward pass: nothing else may be exchanged behind it here
     state.loss_scale.update(result.overflow)
     state.step, state.samples = state.step + 1, run.loader.position
@@ -203,9 +203,9 @@ def report_steps(run: Run, keep: int) -> None:
         if state.skipped_in_a_row >= run.cfg.optim.max_skipped_steps:
             raise startup.NonFiniteRun(state.skipped_in_a_row, step.iter)
         above = losses_above(fp8, run.cfg.fp8.fp8_warn_percent)
-        if above and not run.fp8_warned:
-            run.log.event("fp8_losses", step.iter, f"warning: at step {step.iter} {', '.join(above)}", **fp8)
-        run.fp8_warned = bool(above)
+        if new := [text for what, text in above.items() if what not in run.fp8_warned]:
+            run.log.event("fp8_losses", step.iter, f"warning: at step {step.iter} {', '.join(new)}", **fp8)
+        run.fp8_warned = set(above)
         if step.logged:
             run.log.step(
                 StepRecord(

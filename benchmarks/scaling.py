@@ -79,8 +79,8 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
             loss = micro_step(idx[0], idx[1])
         gradients = layout.gradients()
         gradient_bytes = gradient_bytes or layout.gradient_bytes()
-        update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
-        fp8.finish_step()
+        done = update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
+        fp8.finish_step(done.overflow)
         layout.finish()
 
     if on_gpu:  # before the first steps: what a CUDA graph has set aside for itself no later step allocates

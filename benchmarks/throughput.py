@@ -74,8 +74,8 @@ def nanotrain(cfg: Config, _: str) -> Step:
         fp8.begin_step()
         layout.begin(1, micro_steps=1)
         loss = graphed(idx, targets)
-        update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, False, layout.gradients())
-        fp8.finish_step()
+        done = update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, False, layout.gradients())
+        fp8.finish_step(done.overflow)
         return loss
 
     return step

@@ -222,7 +222,8 @@ def _keep(gate_up: Tensor) -> Kept:
     F_ = gate_up.shape[1] // 2
     halves = [_round_blocks(F.pad(half, (0, -F_ % FP8_BLOCK)), torch.float8_e4m3fn) for half in gate_up.split(F_, dim=1)]
     values, inverses = zip(*halves, strict=True)
-    return Kept(torch.cat([v[:, :F_] for v in values], dim=1), torch.cat(inverses, dim=1))
+    rounded = torch.cat([v[:, :F_].view(torch.uint8) for v in values], dim=1)  # as bytes: autocast knows no FP8
+    return Kept(rounded.view(torch.float8_e4m3fn), torch.cat(inverses, dim=1))
 
 
 def restore_kept(kept: Kept) -> Tensor:

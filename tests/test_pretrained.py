@@ -320,6 +320,14 @@ def test_training_starts_from_the_weights(runs):
     assert "number of parameters" in output
 
 
+def test_fp8_scales_the_weights_that_came(runs):
+    """And not those that were drawn before: none is too large."""
+    flags = (f"--init_from={runs.folder / 'hf'}", "--block_size=8", "--max_iters=1", "--log_interval=1")
+    runs.run("fp8", *flags, "--use_fp8", "--fp8_emulate", "--fp8_required", "--dtype=bfloat16")
+    (record,) = runs.log("fp8")["training_iterations"]
+    assert record["fp8"]["weights"]["saturated_percent"] == 0
+
+
 def test_a_plan_is_of_the_weights_sizes(runs):
     plan = plan_text(load_config([*runs.argv("plan"), f"--init_from={runs.folder / 'hf'}"]))
     assert plan.startswith(f"{CFG.architecture}: {count_parameters(CFG).total:,} parameters")
