@@ -176,15 +176,27 @@ def connect(device: torch.device) -> None:
     if device.type == "cuda" and not dist.is_nccl_available():
         raise UserError("several GPUs need NCCL, which this PyTorch lacks; install a CUDA build of it, or pass --device=cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=MEETING_TIMEOUT_S)
     gpu = device if device.type == "cuda" else None  # connects NCCL now and not in the first collective
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=MEETING_TIMEOUT_S), device_id=gpu)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        own = dist.PrefixStore(attempt(), store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu)
     except (RuntimeError, ValueError) as error:  # a port in use, a rank that is gone, an incomplete environment
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = first_line(error)
         raise UserError(
             f"the ranks cannot meet at {where}: {reason}; start them with torchrun, on a free --master_port"
         ) from None
+
+
+def attempt() -> str:
+    """A name for what torchrun has started once more, so that nobody looks for the processes of the last time.
+
+    On one host the agent keeps the store of all attempts (torch 2.11 to 2.13). The agents of several count them differently.
+    """
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}" if alone else "attempt"
 
 
 def first_line(error: BaseException) -> str:

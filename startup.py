@@ -222,12 +222,12 @@ def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Che
     if writes:
         stack.callback(lock_out_dir(out_dir, notes.append).close)
     checkpoint = None
-    if cfg.checkpoint.resumes:
-        checkpoint = find_checkpoint(out_dir, cfg.checkpoint.resume or "latest", notes.append)
-    elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and writes:  # torchrun starts a job that failed once more
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and writes:  # torchrun starts a job that failed once more
         checkpoint = find_checkpoint(out_dir, "latest", notes.append)
         if checkpoint and launch_id() not in checkpoint.state.get("launches", []):
             checkpoint = None  # another launch's: this one failed before it had saved anything
+    if checkpoint is None and cfg.checkpoint.resumes:
+        checkpoint = find_checkpoint(out_dir, cfg.checkpoint.resume or "latest", notes.append)
     if checkpoint:
         if checkpoint.state.get("weights_only"):
             raise UserError(f"{checkpoint.path} is imported and has no optimizer: train from it with --init_from={out_dir}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -74,6 +75,32 @@ def test_two_nodes_go_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) -> 
     assert "resuming" in output.read_text()
     runs.run_ranks(4, "uninterrupted", *flags)
     assert runs.losses("nodes") == runs.losses("uninterrupted")
+
+
+@pytest.mark.slow
+def test_one_host_goes_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) -> None:
+    """Twice, from `latest`: not from the checkpoint that the command began with."""
+    flags = ["--gradient_accumulation_steps=2", "--parallel=zero1", "--max_iters=60", "--checkpoint_interval=5"]
+    runs.run_ranks(2, "out", *flags, "--max_iters=5", "--rolling_interval=5")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", str(ROOT / "train.py")]
+    output, out_dir = tmp_path / "job.txt", tmp_path / "out"
+    with output.open("wb") as file:
+        command = [sys.executable, *launcher, *runs.argv("out", *flags, "--resume=rolling_step_5")]
+        job = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    try:
+        for step, rank in ((16, 1), (32, 0)):
+            deadline_s = time.monotonic() + 120
+            while f"Iter {step} " not in output.read_text():
+                assert job.poll() is None and time.monotonic() < deadline_s, output.read_text()
+                time.sleep(0.01)
+            os.kill(rank_process(out_dir, rank), signal.SIGKILL)
+        assert job.wait(120) == 0, output.read_text()
+    finally:
+        job.kill()
+    said = re.findall(r"resuming (\S+)", output.read_text())
+    assert [Path(path).name for path in said] == ["rolling_step_5", "latest", "latest"]
+    runs.run_ranks(2, "uninterrupted", *flags)
+    assert runs.losses("out") == runs.losses("uninterrupted")
 
 
 def be_started_again(launch: str, count: int) -> None:
