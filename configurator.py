@@ -205,7 +205,7 @@ class Fp8Config:
     use_fp8: bool = False  # train the blocks' matrix products in FP8 (Ada, Hopper and newer); the log says why where it cannot
     fp8_recipe: Literal["delayed", "current", "block"] = "delayed"  # a scale from earlier steps, this tensor, 128 of its elements
     fp8_history: int = 16  # delayed: steps whose largest value sets the scale
-    fp8_margin: int = 0  # delayed and current: binary digits of range that the scale leaves free
+    fp8_margin: int = 0  # delayed and current: binary digits of range that the scale leaves free, up to 8
     fp8_less_memory: bool = False  # delayed and current: weights without their transpose; delayed: SwiGLU's inputs kept in FP8
     fp8_required: bool = False  # where FP8 cannot run, stop instead of going on without it
     fp8_emulate: bool = False  # round as FP8 does and multiply in float32: for tests, on any machine, slow
@@ -605,7 +605,7 @@ POSITIVE = """n_layer n_head n_embd block_size batch_size gradient_accumulation_
 NOT_NEGATIVE = """n_kv_head d_ff vocab_size max_iters learning_rate warmup_iters lr_decay_iters min_lr weight_decay grad_clip
     eval_interval eval_iters hellaswag_interval hellaswag_items sample_interval checkpoint_interval checkpoint_minutes
     rolling_interval keep_rolling keep_epochs gradient_log_interval fsdp_min_num_params hsdp_shard_size seed loss_chunk_rows
-    temperature top_k limit fp8_margin fp8_warn_percent""".split()
+    temperature top_k limit fp8_warn_percent""".split()
 FRACTIONS = ["dropout", "beta1", "beta2"]
 
 
@@ -621,6 +621,7 @@ def impossible(values: dict[str, Any]) -> list[tuple[tuple[str, ...], str]]:
         *failing(NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         *failing(FRACTIONS, lambda v: 0 <= v < 1, "must be in [0, 1)"),
         *failing(["seed"], lambda v: v < 2**63, "must be below 2**63"),
+        *failing(["fp8_margin"], lambda v: 0 <= v <= 8, "must be 0 to 8, of the 18 binary digits of range that e4m3 has"),
         *failing(["wsd_decay_fraction", "top_p"], lambda v: 0 < v <= 1, "must be in (0, 1]"),
         *failing(
             ["init_from"],

@@ -127,6 +127,9 @@ def test_mistakes_in_a_file_name_file_and_line(tmp_path, text, line, says):
         (["--no_layer=3"], "did you mean 'n_layer'?"),
         (["--max_iters=inf"], "is not an int"),
         (["--n_head=7"], "--n_head: n_head=7 does not divide n_embd=768; the nearest that do: 6 and 8"),
+        (["--fp8_margin=2000"], "--fp8_margin: fp8_margin=2000 must be 0 to 8, of the 18 binary digits"),
+        (["--fp8_margin=9"], "--fp8_margin: fp8_margin=9 must be 0 to 8"),
+        (["--fp8_margin=-1"], "--fp8_margin: fp8_margin=-1 must be 0 to 8"),
         (["config/quikstart.py"], "did you mean config/quickstart.py?"),
     ],
 )
