@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -38,8 +39,8 @@ WARMUP_STEPS = 3
 GIB = 2**30
 
 
-def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bool) -> dict[str, Any]:
-    """Step times and memory of one setting, on every rank of a launch; the figures are rank 0's."""
+def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """Step times and memory of one setting, on every rank of a launch; the figures are rank 0's, `say` gets its notes."""
     import torch
 
     import kernels
@@ -58,7 +59,9 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
 
     start_bytes = allocated()
     cfg, layout, _ = choose_layout(cfg, ranks, dtype)
-    fp8, _ = choose_fp8(cfg, device, dtype, ops)
+    fp8, notes = choose_fp8(cfg, device, dtype, ops)
+    for line in notes:
+        say(line)
     model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
     layout.attach(model)
     fp8.attach(device, ranks.table, layout.rows, layout.weights_arrive)
@@ -148,11 +151,12 @@ def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
     rows = []
     with ExitStack() as stack:
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
+        say = functools.cache(lambda line: print(line, flush=True) if ranks.is_main else None)  # each line once
         for strategy, micro_steps in settings(args, ranks.world_size):
             data = dataclasses.replace(cfg.data, gradient_accumulation_steps=micro_steps * ranks.world_size)
             asked = dataclasses.replace(cfg.parallel, parallel="auto" if strategy == "alone" else strategy)
             one = dataclasses.replace(cfg, data=data, parallel=asked)
-            row = measure(one, ranks, micro_steps, args.steps, args.profile)
+            row = measure(one, ranks, micro_steps, args.steps, args.profile, say)
             rows.append({"ranks": ranks.world_size, "strategy": strategy, "micro_steps": micro_steps} | row)
             if ranks.is_main:
                 print(json.dumps(rows[-1]), flush=True)
