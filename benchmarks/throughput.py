@@ -23,7 +23,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from command_line import load_model_config, output_file, parser_of
 from configurator import Config, UserError, run_command
 
 WARMUP_STEPS = 10
+RECIPES = ("bf16", "delayed", "current")  # of Transformer Engine
 Step = Callable[[Any, Any], Any]  # idx, targets (B, T) int64 each -> the loss
 
 
@@ -102,6 +104,16 @@ def peer_step(model: Any, loss_of: Callable[[Any, Any], Any], cfg: Config) -> St
     return step
 
 
+@contextmanager
+def importing(package: str, remedy: str) -> Iterator[None]:
+    """Around the imports of a peer, whatever they raise. Raises UserError where it is not installed, or does not load."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{package} cannot be imported ({type(error).__name__}: {reason}): {remedy}") from None
+
+
 def nanogpt(cfg: Config, path: str) -> Step:
     import torch
 
@@ -118,7 +130,9 @@ def nanogpt(cfg: Config, path: str) -> Step:
 
 def transformers(cfg: Config, _: str) -> Step:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with importing("transformers", "pip install -r requirements.txt"):
+        from transformers import LlamaConfig, LlamaForCausalLM
 
     m = cfg.model
     config = LlamaConfig(
@@ -146,8 +160,10 @@ def transformers(cfg: Config, _: str) -> Step:
 
 def torchtitan(cfg: Config, _: str) -> Step:
     import torch
-    from torchtitan.models.llama3.model.args import TransformerModelArgs
-    from torchtitan.models.llama3.model.model import Transformer
+
+    with importing("torchtitan", "pip install torchtitan==0.2.2"):
+        from torchtitan.models.llama3.model.args import TransformerModelArgs
+        from torchtitan.models.llama3.model.model import Transformer
 
     m = cfg.model
     sizes = dict(dim=m.n_embd, n_layers=m.n_layer, n_heads=m.n_head, n_kv_heads=m.kv_heads, vocab_size=m.vocab_size)
@@ -164,9 +180,11 @@ def torchtitan(cfg: Config, _: str) -> Step:
 
 def transformer_engine(cfg: Config, recipe: str) -> Step:
     import torch
-    import transformer_engine.pytorch as te
     from torch.nn.functional import cross_entropy
-    from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
+
+    with importing("transformer_engine", "pip install -r requirements-gpu.txt, with the PyTorch and CUDA that it is built for"):
+        import transformer_engine.pytorch as te
+        from transformer_engine.common.recipe import DelayedScaling, Float8CurrentScaling
 
     m = cfg.model
     layer = dict(bias=False, normalization="RMSNorm", activation="swiglu", hidden_dropout=0.0, attention_dropout=0.0)
@@ -199,6 +217,18 @@ def transformer_engine(cfg: Config, recipe: str) -> Step:
 CONTESTANTS = {
     contestant.__name__: contestant for contestant in (nanotrain, nanogpt, transformers, torchtitan, transformer_engine)
 }
+
+
+def peer(name: str) -> str:
+    """The type of --peer: a contestant, with what it takes behind a colon. Raises ArgumentTypeError where it is none."""
+    contestant, _, argument = name.partition(":")
+    if contestant not in CONTESTANTS:
+        raise argparse.ArgumentTypeError(f"no {contestant!r}; there are {', '.join(CONTESTANTS)}")
+    if contestant == "transformer_engine" and argument not in RECIPES:
+        raise argparse.ArgumentTypeError(f"{name}: {contestant}:RECIPE takes one of {', '.join(RECIPES)}")
+    if contestant == "nanogpt" and not (argument and Path(argument, "model.py").is_file()):
+        raise argparse.ArgumentTypeError(f"{name}: {contestant}:PATH takes the folder of its model.py")
+    return name
 
 
 def run_contestant(name: str, cfg: Config, steps: int, profile: bool) -> dict[str, Any]:
@@ -285,7 +315,7 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: Path | N
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--peer", action="append", default=[], help="another contestant; may be repeated")
+    parser.add_argument("--peer", type=peer, action="append", default=[], help="another contestant; may be repeated")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each contestant")
     parser.add_argument("--steps", type=int, default=40, help="that each of them takes, behind the first ones")
     parser.add_argument("--profile", action="store_true", help="print where our own step's time goes")
@@ -297,8 +327,6 @@ def main() -> None:
         args.json.write_text(json.dumps(run_contestant(args.contestant, cfg, args.steps, args.profile)))
         return
     names = ["nanotrain", *args.peer]
-    if unknown := [name for name in names if name.partition(":")[0] not in CONTESTANTS]:
-        parser.error(f"unknown peer {', '.join(unknown)}: choose from {', '.join(CONTESTANTS)}")
     import torch
 
     if not torch.cuda.is_available():

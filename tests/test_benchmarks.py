@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +35,48 @@ def test_train_overhead(tmp_path: Path) -> None:
 
 def test_scaling(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    run("scaling.py", "config/train_gpt2.py", *TINY, "--vocab_size=64", "--steps=2", "--micro_steps=1", f"--json={figures}")
+    flags = ["--vocab_size=64", "--use_fp8", "--steps=2", "--micro_steps=1", f"--json={figures}"]
+    output = run("scaling.py", "config/train_gpt2.py", *TINY, *flags)
+    assert output.count("FP8 is left out, and products run in float32: a CPU has no FP8 products") == 2  # once a launch
     rows = json.loads(figures.read_text())["rows"]
     assert [(row["ranks"], row["strategy"]) for row in rows] == [(1, "alone"), (2, "ddp"), (2, "zero1"), (2, "fsdp")]
     assert rows[0]["efficiency"] == 1 and all(row["of_slowest"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("peer", "says"),
+    [
+        ("transformer_engine:delayd", "transformer_engine:delayd: transformer_engine:RECIPE takes one of bf16, delayed, current"),
+        ("transformer_engine", "transformer_engine: transformer_engine:RECIPE takes one of bf16, delayed, current"),
+        ("nanogpt:nowhere", "nanogpt:nowhere: nanogpt:PATH takes the folder of its model.py"),
+        ("litgpt", "no 'litgpt'; there are nanotrain, nanogpt, transformers, torchtitan, transformer_engine"),
+    ],
+)
+def test_a_peer_that_there_is_not(peer: str, says: str) -> None:
+    command = [sys.executable, ROOT / "benchmarks/throughput.py", *TINY, "--peer", peer]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.endswith(f"error: argument --peer: {says}\n")
+
+
+@pytest.mark.parametrize(
+    ("peer", "raises", "remedy"),
+    [
+        ("transformer_engine:delayed", "OSError: lib.so: no such file", "pip install -r requirements-gpu.txt"),
+        ("transformer_engine:bf16", "ModuleNotFoundError: No module named 'pydantic'", "pip install -r requirements-gpu.txt"),
+        ("torchtitan", "ImportError: of another version", "pip install torchtitan"),
+        ("transformers", "RuntimeError: needs a newer PyTorch", "pip install -r requirements.txt"),
+    ],
+)
+def test_a_peer_that_does_not_load(peer: str, raises: str, remedy: str, tmp_path: Path) -> None:
+    """One line, of the child that would have measured it."""
+    package, (kind, _, reason) = peer.partition(":")[0], raises.partition(": ")
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise {kind}({reason!r})")
+    child = [sys.executable, ROOT / "benchmarks/throughput.py", *TINY, f"--contestant={peer}", f"--json={tmp_path}/x.json"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(child, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {package} cannot be imported ({raises}): {remedy}")
 
 
 def test_fp8_accuracy(tmp_path: Path) -> None:
