@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,14 @@ import start_report
 import startup
 from configurator import load_config
 from data.loader import SampleOrder
+from data.tokens import load_dataset
+from flops import flops_per_token
 from hf_convert import export_model
 from memory import settled
 from model import build_model
 from parallel import Ranks
 from pretrained import open_pretrained
+from run_file import StepRecord, step_record
 from tiny_runs import Runs
 
 
@@ -91,6 +95,26 @@ def test_the_report_says_compiled_only_where_it_is(runs: Runs) -> None:
     output = runs.run("out", "--compile=True", "--max_iters=1", prepare=lose_the_compiler)
     training = runs.log("out")["startup_info"]["training"]
     assert "not compiled" in output and (training["compile"], training["cuda_graph"]) == (False, False)
+
+
+@pytest.mark.parametrize(("fp8", "peak_fp8"), [(True, 4 * 1979), (False, None)])
+def test_mfu_is_over_the_peak_of_all_gpus(fp8: bool, peak_fp8: float | None, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On four H200, which need not be here."""
+    monkeypatch.setattr(start_report, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(start_report, "gpu_memory_gb", lambda device: 150.1)
+    monkeypatch.setattr(start_report, "attention_backend", lambda *_: "plain products")
+    cfg = load_config(runs.argv("out", "--vocab_size=64", f"--use_fp8={fp8}"))
+    (runs.folder / "out").mkdir()
+    state = SimpleNamespace(ranks=Ranks(0, 4, torch.device("cuda")), fp8=SimpleNamespace(active=fp8))
+    dataset, chosen = load_dataset(cfg.data, cfg.model.block_size), {"norm_kernel": "torch", "fp8_kernel": "torch"}
+    info, throughput = start_report.start_report(cfg, dataset, state, torch.bfloat16, chosen, "ddp")
+    assert (info["hardware"]["peak_tflops"], info["hardware"]["gpus"]) == (989.5, 4)
+    assert info["training"]["precision"].startswith("fp8 products in the blocks (delayed scaling), bfloat16") == fp8
+    assert (throughput.peak_tflops, throughput.peak_fp8_tflops) == (4 * 989.5, peak_fp8)
+    mfu = step_record(StepRecord(1, 4.0, 1e-3, time_ms=1e-3, data_wait_ms=0.0, tokens=128, grad_norm=1.0), throughput)["mfu"]
+    tflops = flops_per_token(cfg.model) * 128 / 1e-6 / 1e12
+    assert mfu["mfu_percent"] == pytest.approx(100 * tflops / (4 * 989.5), rel=1e-3)
+    assert mfu.get("mfu_fp8_percent") == (pytest.approx(100 * tflops / peak_fp8, rel=1e-3) if fp8 else None)
 
 
 def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
