@@ -1,4 +1,4 @@
-"""The numbers that follow from the architecture: parameters, FLOPs, peak rates, checkpoint size, expected loss.
+"""The numbers that follow from the architecture: parameters, FLOPs, peak rates, where FP8 runs, checkpoint size, expected loss.
 
 All in closed form and without torch; the tests compare them with the built model and with PyTorch's FlopCounterMode.
 docs/PARAMETER_FORMULAS.md derives them.
@@ -6,10 +6,11 @@ docs/PARAMETER_FORMULAS.md derives them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import ModelConfig
+from configurator import Config, ModelConfig
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16", "fp8"]
 
@@ -142,6 +143,42 @@ def peak_tflops(device_name: str, dtype: Precision) -> float | None:
     """Dense peak of the named GPU in TFLOP/s; None where the GPU is not in the table, or has no such mode. Never another's."""
     name = device_name.removeprefix("NVIDIA ")
     return next((getattr(gpu, dtype) for gpu in PEAKS if name in gpu.device_names), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FP8
+# ---------------------------------------------------------------------------------------------------------------------
+
+FP8_SIDES = {"delayed": 16, "current": 16, "block": 128}  # by recipe: what cuBLAS wants a product's sides to be multiples of
+
+
+def fp8_recipes(device_name: str) -> list[str]:
+    """Those that the named GPU, of the table, has products for; of blocks Hopper alone, whose names begin with H or GH."""
+    is_hopper = device_name.removeprefix("NVIDIA ").startswith(("H", "GH"))
+    return [recipe for recipe in FP8_SIDES if peak_tflops(device_name, "fp8") and (is_hopper or recipe != "block")]
+
+
+def why_no_fp8(cfg: Config, dtype: str, device_name: str, recipes: Collection[str]) -> str | None:
+    """What keeps a run from FP8, and the remedy. The GPU, "" for a CPU, has products for the `recipes`."""
+    fp8, m = cfg.fp8, cfg.model
+    if not fp8.fp8_emulate:
+        if not device_name:
+            return "a CPU has no FP8 products; --fp8_emulate rounds as they do, slowly"
+        if not recipes:
+            return f"{device_name} is older than Ada and Hopper; --fp8_emulate rounds as they do, slowly"
+        if fp8.fp8_recipe not in recipes:
+            return f"blocks with scales of their own need Hopper and CUDA 12.9, not {device_name}; pass --fp8_recipe=delayed"
+    if dtype == "float16":  # of a GPU without bfloat16
+        return "its products give float32 or bfloat16 and not float16; pass --dtype=float32"
+    sides = {
+        "n_embd": m.n_embd,
+        "the width of qkv": (m.n_head + 2 * m.kv_heads) * m.head_dim,
+        "the feed-forward's width": m.ffn_hidden,
+        "batch_size x block_size": cfg.data.batch_size * m.block_size,
+    }
+    divisor = FP8_SIDES[fp8.fp8_recipe]
+    uneven = [f"{name}={value:,}" for name, value in sides.items() if value % divisor]
+    return f"{', '.join(uneven)}: must be a multiple of {divisor} for fp8_recipe={fp8.fp8_recipe}" if uneven else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

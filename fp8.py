@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configurator import Config, Fp8Config, UserError
+from flops import FP8_SIDES, why_no_fp8
 from kernels import REFERENCE, Operations
 from kernels.reference import FP8_BLOCK, Kept, Quantized
 from precision import dtype_name
@@ -32,7 +33,6 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 CLASSES = ("activations", "weights", "gradients")
 OLDEST, HOPPER = (8, 9), 9  # compute capability: Ada's, and the first digit of the one whose products have scales of blocks
 OLDEST_WITH_BLOCKS = (12, 9)  # CUDA
-DIVISOR = 16  # of the sides of a product, as cuBLAS wants them
 Table = Callable[[Tensor, list[float]], Tensor]
 Arrival = Literal["never", "once", "often"]  # at a rank, of the weights that others have updated: once or more often a step
 
@@ -360,25 +360,12 @@ def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Opera
 
 def why_not(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps FP8 from running here, and the remedy."""
-    if dtype == torch.float16:
-        return "its products give bfloat16 and not float16; pass --dtype=bfloat16"
-    if not cfg.fp8.fp8_emulate:
-        if device.type != "cuda":
-            return "a CPU has no FP8 products; --fp8_emulate rounds as they do, slowly"
+    name, recipes = "", []
+    if device.type == "cuda":
         capability, name = torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device)
-        if capability < OLDEST:
-            return f"{name} is older than Ada and Hopper; --fp8_emulate rounds as they do, slowly"
-        if cfg.fp8.fp8_recipe == "block" and (capability[0] != HOPPER or cuda_version() < OLDEST_WITH_BLOCKS):
-            return f"blocks with scales of their own need Hopper and CUDA 12.9, not {name}; pass --fp8_recipe=delayed"
-    m, divisor = cfg.model, FP8_BLOCK if cfg.fp8.fp8_recipe == "block" else DIVISOR
-    sides = {
-        "n_embd": m.n_embd,
-        "the width of qkv": (m.n_head + 2 * m.kv_heads) * m.head_dim,
-        "the feed-forward's width": m.ffn_hidden,
-        "batch_size x block_size": cfg.data.batch_size * m.block_size,
-    }
-    uneven = [f"{name}={value:,}" for name, value in sides.items() if value % divisor]
-    return f"{', '.join(uneven)}: must be a multiple of {divisor} for fp8_recipe={cfg.fp8.fp8_recipe}" if uneven else None
+        has_blocks = capability[0] == HOPPER and cuda_version() >= OLDEST_WITH_BLOCKS
+        recipes = [recipe for recipe in FP8_SIDES if capability >= OLDEST and (has_blocks or recipe != "block")]
+    return why_no_fp8(cfg, dtype_name(dtype), name, recipes)
 
 
 def cuda_version() -> tuple[int, ...]:

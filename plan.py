@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from configurator import Config, UserError, load_config, nearest
-from flops import PEAKS, Precision, count_parameters, flops_per_token, loss_prediction, peak_tflops
+from flops import (
+    PEAKS,
+    Precision,
+    count_parameters,
+    flops_per_token,
+    fp8_recipes,
+    loss_prediction,
+    peak_tflops,
+    why_no_fp8,
+)
 from memory import (
     GIB,
     GPU_MEMORY_GIB,
@@ -48,14 +57,19 @@ def config_or_plan(argv: Sequence[str]) -> Config:
 
 
 def plan_text(cfg: Config) -> str:
-    """Raises UserError: a GPU that is not in the table, ranks that do not divide the micro-steps, weights that are not there."""
+    """Raises UserError: a GPU that is not in the table, ranks that do not divide the micro-steps, weights that are not there.
+
+    As a run does, too, where FP8 is required and cannot run.
+    """
     from pretrained import with_pretrained  # with packages that --help and a mistyped flag can do without
 
     gpus, name = cfg.plan.num_gpus, find_gpu(cfg.plan.gpu)
     check_division(cfg, gpus)
     cfg, _ = with_pretrained(cfg, needs_weights=False)
+    dtype = dtype_on(name, cfg.run.dtype)
+    cfg, fp8_notes = with_fp8(cfg, name, dtype)
     cfg, train_tokens, notes = with_data(cfg)
-    m, dtype = cfg.model, dtype_on(name, cfg.run.dtype)
+    m = cfg.model
     peak = peak_tflops(name, dtype)
     micro_batch, micro_steps = f"{cfg.data.batch_size} x {m.block_size:,} tokens", cfg.data.gradient_accumulation_steps // gpus
     figures = outlook(cfg, train_tokens, peak and peak * gpus)
@@ -63,7 +77,7 @@ def plan_text(cfg: Config) -> str:
         f"{m.architecture}: {count_parameters(m).total:,} parameters, {flops_per_token(m) / 1e9:.3f} GFLOPs a token",
         f"{gpus} x {name}, {dtype}: {micro_steps} micro-step{'s' * (micro_steps > 1)} of {micro_batch} on each",
         *gpu_note(cfg.plan.gpu),
-        *(["FP8 is planned as bfloat16, which takes more time and keeps larger activations"] if cfg.fp8.use_fp8 else []),
+        *fp8_notes,
         "",
         *memory_table(cfg, dtype, gpus, GPU_MEMORY_GIB[name]),
         "",
@@ -161,6 +175,23 @@ def dtype_on(name: str, dtype: str) -> Precision:
     if dtype == "auto":
         return "bfloat16" if gpu.bfloat16 else "float16"
     return "tf32" if dtype == "float32" and gpu.tf32 else dtype
+
+
+def with_fp8(cfg: Config, name: str, dtype: Precision) -> tuple[Config, list[str]]:
+    """(the configuration without FP8 where that GPU cannot run it, a line on it where it is asked for).
+
+    Raises UserError where it is required and cannot run.
+    """
+    if not cfg.fp8.use_fp8:
+        return cfg, []
+    if reason := why_no_fp8(cfg, dtype, name, fp8_recipes(name)):
+        if cfg.fp8.fp8_required:
+            raise UserError(f"--fp8_required: {reason}")
+        left_out = dataclasses.replace(cfg, fp8=dataclasses.replace(cfg.fp8, use_fp8=False))
+        return left_out, [f"FP8 is left out, and products run in {dtype}: {reason}"]
+    if cfg.fp8.fp8_emulate:
+        return cfg, [f"FP8 is planned as {dtype}; emulated it takes far more time"]
+    return cfg, [f"FP8 is planned as {dtype}, which takes more time and keeps larger activations"]
 
 
 def memory_table(cfg: Config, dtype: Precision, gpus: int, memory_gib: float) -> list[str]:

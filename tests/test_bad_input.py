@@ -89,6 +89,7 @@ def refused(runs: Runs, *flags: str, out_dir: str = "out", prepare: Callable[[],
         ("--resume=latest --position_encoding=rope", "position_encoding  learned_absolute  rope"),
         ("--resume=latest --block_size=8", "block_size  16          8"),
         ("--run_name=a/b", "must not contain a slash"),
+        ("--plan --use_fp8 --fp8_required --gpu=A100-SXM4-80GB", "--fp8_required: A100-SXM4-80GB is older than Ada and Hopper"),
     ],
 )
 def test_knobs(runs: Runs, flags: str, says: str) -> None:

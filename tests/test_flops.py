@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from configurator import ROOT, ModelConfig
+from configurator import ROOT, Fp8Config, ModelConfig
 from flops import (
+    FP8_SIDES,
     PEAKS,
     checkpoint_bytes,
     count_parameters,
     flops_per_token,
     forward_flops_per_token,
+    fp8_recipes,
     loss_prediction,
     peak_tflops,
 )
+from kernels.reference import FP8_BLOCK
 from model import Transformer
 
 LLAMA = {"normalization": "rmsnorm", "position_encoding": "rope", "ffn_type": "swiglu", "weight_tying": False}
@@ -170,6 +174,18 @@ def test_peaks_are_dense_and_consistent(gpu):
     if gpu.fp8:
         assert gpu.fp8 == pytest.approx(2 * gpu.bfloat16, rel=0.02)
     assert gpu.source
+
+
+@pytest.mark.parametrize("gpu", PEAKS, ids=lambda gpu: gpu.device_names[0])
+def test_fp8_recipes_are_those_of_the_architecture(gpu):
+    """NVIDIA's names and sources tell it. Ada and Blackwell have no scales of 128 elements, and what is older no FP8."""
+    of_blocks = {fp8_recipes(f"NVIDIA {name}")[-1:] == ["block"] for name in gpu.device_names}
+    assert of_blocks == {any(f"NVIDIA {name}" in gpu.source for name in ("H100", "H200", "GH200", "H20"))}
+    assert [*fp8_recipes(gpu.device_names[0])][:2] == (["delayed", "current"] if gpu.fp8 else [])
+
+
+def test_sides_of_fp8_are_whole_blocks():
+    assert FP8_SIDES["block"] == FP8_BLOCK and set(FP8_SIDES) == set(get_args(get_type_hints(Fp8Config)["fp8_recipe"]))
 
 
 @pytest.mark.parametrize(("n_parameters", "n_tokens", "loss"), [(1.294e9, 85e9, 2.37), (1.294e9, 6e9, 2.77)])

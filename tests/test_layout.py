@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "micro_step": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
-    "fp8": "configurator kernels precision",
+    "fp8": "configurator flops kernels precision",
     "sharding": "configurator exchange memory optim parallel precision",
     "exchange": "configurator parallel",
     "parallel": "configurator",

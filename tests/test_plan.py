@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import plan
 from configurator import ROOT, UserError, load_config
+from fp8 import choose_fp8
+from kernels import REFERENCE
 from memory import GIB, predict_memory, settled
 from tiny_runs import Runs, write_dataset
 
@@ -34,7 +37,7 @@ def test_a_plan_needs_no_torch_and_no_time(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('there is no torch here')")
     before = os.times()
     done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *LLAMA, "--plan", "--num_gpus=4"],
+        [sys.executable, ROOT / "train.py", *LLAMA, "--plan", "--num_gpus=4", "--use_fp8"],
         capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     after = os.times()
@@ -185,6 +188,49 @@ def test_a_dtype_that_the_gpu_has_not():
     with pytest.raises(UserError, match="Tesla T4 has no bfloat16; pass --dtype=float16"):
         planned("--gpu=T4", "--dtype=bfloat16")
     assert "1 x Tesla T4, float16" in planned("--gpu=T4", "--dtype=auto")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "dtype", "reason"),
+    [
+        ("--gpu=A100-SXM4-80GB", "bfloat16", "A100-SXM4-80GB is older than Ada and Hopper; --fp8_emulate"),
+        ("--gpu=V100", "float16", "Tesla V100-SXM2-16GB is older than Ada and Hopper; --fp8_emulate"),
+        ("--gpu=T4 --fp8_emulate", "float16", "its products give float32 or bfloat16 and not float16; pass --dtype=float32"),
+        ("--n_embd=2312 --n_head=17", "bfloat16", "n_embd=2,312, the width of qkv=6,936: must be a multiple of 16 for"),
+        ("--n_embd=2320 --n_head=10 --fp8_recipe=block", "bfloat16", "n_embd=2,320, .*: must be a multiple of 128 for "),
+        ("--gpu=L40S --fp8_recipe=block", "bfloat16", "blocks .* need Hopper and CUDA 12.9, not L40S; pass --fp8_recipe=delayed"),
+    ],
+)
+def test_fp8_that_cannot_run_is_no_part_of_the_plan(knobs, dtype, reason):
+    flags = ["--num_gpus=4", *knobs.split()]
+    text = planned("--use_fp8", *flags)
+    said = re.search(rf"^FP8 is left out, and products run in {dtype}: ({reason}.*)\n", text, flags=re.M)
+    assert said, text
+    assert text.replace(said[0], "") == planned(*(flag for flag in flags if flag != "--fp8_emulate"))
+    with pytest.raises(UserError, match=f"^--fp8_required: {re.escape(said[1])}$"):
+        planned("--use_fp8", "--fp8_required", *flags)
+
+
+@pytest.mark.parametrize("knobs", ["--n_embd=2312 --n_head=17", "--n_embd=2320 --n_head=10 --fp8_recipe=block", "--block_size=9"])
+def test_what_keeps_a_plan_from_fp8_keeps_a_run_from_it(knobs):
+    """In the same words. What else it takes is a GPU, for which FP8 is emulated here."""
+    cfg = load_config([*LLAMA, "--use_fp8", "--fp8_required", "--fp8_emulate", "--batch_size=1", *knobs.split()])
+    with pytest.raises(UserError) as planned_error:
+        plan.plan_text(cfg)
+    with pytest.raises(UserError, match=f"^{re.escape(str(planned_error.value))}$"):
+        choose_fp8(cfg, torch.device("cpu"), torch.bfloat16, REFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "line"),
+    [
+        ("--gpu=L4", "FP8 is planned as bfloat16, which takes more time and keeps larger activations"),
+        ("--gpu=H100 --fp8_recipe=block", "FP8 is planned as bfloat16, which takes more time and keeps larger activations"),
+        ("--gpu=A100 --fp8_emulate", "FP8 is planned as bfloat16; emulated it takes far more time"),
+    ],
+)
+def test_fp8_is_planned_as_what_it_replaces(knobs, line):
+    assert f"\n{line}\n" in planned("--use_fp8", "--fp8_required", *knobs.split())
 
 
 def test_a_vocabulary_that_the_data_goes_beyond(tmp_path: Path) -> None:
