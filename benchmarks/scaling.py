@@ -59,7 +59,7 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
 
     start_bytes = allocated()
     cfg, layout, _ = choose_layout(cfg, ranks, dtype)
-    fp8, notes = choose_fp8(cfg, device, dtype, ops)
+    fp8, notes = choose_fp8(cfg, device, dtype, ops, ranks.world_size)
     for line in notes:
         say(line)
     model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
