@@ -12,12 +12,13 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,6 +29,9 @@ from configurator import ParallelConfig, RunConfig, UserError, error_text
 
 T = TypeVar("T")
 MEETING_TIMEOUT_S = 300.0  # longest wait for all ranks to be there; nodes may start minutes apart
+ANSWER_S = 5.0  # longest wait for the process that keeps count of failures
+GLOO_TIMEOUTS = ("Timed out waiting", "Application timeout")
+GRACE_S = 2.0  # for which a rank that failed because another one did lets that one go first
 
 
 @dataclass(eq=False)
@@ -39,6 +43,7 @@ class Ranks:
     device: torch.device
     group: Any = None  # the process group that these ranks talk in; None is torch.distributed's own
     timeout_s: float = math.inf  # longest wait for another rank; of a rank alone there is none
+    beside: list[Any] = field(default_factory=list)  # groups of threads, which have limits of their own
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +53,8 @@ class Ranks:
         """The same ranks in a group of their own on the hosts, for a thread that talks beside training."""
         if self.world_size == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+        self.beside.append(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+        return replace(self, group=self.beside[-1])
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; on a GPU only the stream waits for it."""
@@ -93,7 +99,9 @@ class Ranks:
         """From now on a rank that waits longer than this for another gives up, which ends the job. Not a collective."""
         if self.world_size > 1:
             self.timeout_s = timeout_s
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), self.group)
+            for group in dist.distributed_c10d._world.pg_map:  # a mesh has groups of its own
+                if group not in self.beside:
+                    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
     def finish_device(self) -> None:
         """Returns when the device has done what the current stream was given. Not a collective.
@@ -208,10 +216,18 @@ def is_first_to_fail() -> bool:
     """Whether it is for this rank to print what went wrong: the first of all that asks; of a machine, before they have met."""
     if not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().add("nanotrain/failed", 1) == 1
-    except dist.DistError:  # the process that keeps count is gone: it was the first
-        return False
+    said: list[bool] = []
+
+    def ask() -> None:
+        try:
+            said.append(dist.distributed_c10d._get_default_store().add("nanotrain/failed", 1) == 1)
+        except dist.DistError:  # the process that keeps count is gone: it was the first
+            said.append(False)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_S)
+    return said == [] or said[0]  # the process that keeps count hangs: nobody else can know
 
 
 @contextmanager
@@ -227,8 +243,14 @@ def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]
         error = explain(error)
         if not dist.is_initialized():
             raise error from error.__cause__
+        if any(words in str(error) for words in GLOO_TIMEOUTS):
+            limits = "--step_timeout_s, at the start --start_timeout_s"
+            error = RanksApart(f"this rank has waited too long for another, which hangs or has gone ({limits})")
         is_user_error = isinstance(error, UserError)
-        if is_first_to_fail():
+        if not is_user_error and "by peer" in str(error):  # gloo's, of a connection that another rank's end has closed
+            time.sleep(GRACE_S)
+        is_first = is_first_to_fail()
+        if is_first:
             print(error_text(error) if is_user_error else "".join(traceback.format_exception(error)), file=sys.stderr)
             if "TORCHELASTIC_ERROR_FILE" in os.environ:
                 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -239,6 +261,8 @@ def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]
             print(f"rank {dist.get_rank()} ends because another rank has failed ({reason[:200]})", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        if not is_first and "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun blames whose process ends first
+            time.sleep(GRACE_S)
         os._exit(error.exit_code if is_user_error else 1)
 
 
