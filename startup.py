@@ -201,6 +201,7 @@ def claim_out_dir(cfg: Config, dataset: Dataset, ranks: Ranks, stack: ExitStack)
 
     Rank 0 finds and verifies the checkpoint for all.
     """
+    check_same_knobs(cfg, ranks)
     claimed: list[Checkpoint | None] = []
 
     def claim() -> tuple[Path | None, list[str]]:
@@ -214,6 +215,15 @@ def claim_out_dir(cfg: Config, dataset: Dataset, ranks: Ranks, stack: ExitStack)
     if claimed or path is None:
         return (claimed or [None])[0], notes
     return open_checkpoint(path, checksums=False), notes
+
+
+def check_same_knobs(cfg: Config, ranks: Ranks) -> None:
+    """Of all ranks but for data_dir, which may be a disk of each node. Raises UserError on all of them."""
+    first, *others = ranks.all_of({name: value for name, value in cfg.values().items() if name != "data_dir"})
+    for rank, values in enumerate(others, 1):
+        if different := [f"{name} is {first[name]!r} and {values[name]!r}" for name in first if first[name] != values[name]]:
+            what = ", ".join(different)
+            raise UserError(f"ranks 0 and {rank} have different knobs: {what}; give all the same command and files")
 
 
 def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Checkpoint | None, list[str]]:

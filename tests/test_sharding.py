@@ -294,6 +294,19 @@ def test_a_full_disk_on_one_rank_is_a_warning(runs: Runs) -> None:
     assert runs.checkpoint("full").iter == 6
 
 
+def learn_faster() -> None:
+    config_or_plan = train.config_or_plan
+    train.config_or_plan = lambda argv: config_or_plan([*argv, "--learning_rate=0.5"])
+
+
+def test_ranks_with_different_knobs(runs: Runs) -> None:
+    flags = [*SHAPE, "--gradient_accumulation_steps=3"]
+    processes = runs.start_ranks(3, "different", *flags, prepare=[nothing, nothing, learn_faster])
+    assert [process.wait() for process in processes] == [2, 2, 2]
+    said = "".join(process.stderr for process in processes)
+    assert said.count("error:") == 1 and "ranks 0 and 2 have different knobs: learning_rate is 0.01 and 0.5; give all" in said
+
+
 def test_an_out_dir_that_is_not_shared(runs: Runs) -> None:
     own = [partial(os.chdir, folder) for folder in (runs.folder, runs.folder / "data")]
     processes = runs.start_ranks(2, "unused", *SHAPE, "--out_dir=relative", prepare=[own[0], partial(give_up_soon, own[1])])
