@@ -173,8 +173,9 @@ class Layout:
         return Gradients([part.rows.grad for part in self.parts.values()], self.n_elements)
 
     def gradient_bytes(self) -> int:
-        """After `gradients`: of the memory that these lie in, which may hold more than this rank's rows."""
-        memories = [rows.grad.untyped_storage() for rows in self.rows.values() if rows.grad is not None]
+        """After `gradients`: of the memory that these lie in, which may hold more than this rank's rows, and of the sums."""
+        tensors = [*(rows.grad for rows in self.rows.values() if rows.grad is not None), *self._sums.values()]
+        memories = [tensor.untyped_storage() for tensor in tensors]
         return sum({memory._cdata: memory.nbytes() for memory in memories}.values())
 
     def finish(self) -> None:
