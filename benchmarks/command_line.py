@@ -1,5 +1,6 @@
 """What the command lines of these programs have in common. Whoever imports it may import the project's modules after it."""
 
+import dataclasses
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -30,6 +31,25 @@ def strategies(text: str) -> list[str]:
     if unknown := set(text.split(",")).difference(STRATEGIES):
         raise ArgumentTypeError(f"no {unknown.pop()!r}; there are {', '.join(STRATEGIES)}")
     return text.split(",")
+
+
+def positive_int(text: str) -> int:
+    """The type of an option that counts something. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def positive_ints(text: str) -> list[int]:
+    """The type of an option that has several such numbers, with commas between. Raises ArgumentTypeError."""
+    return [positive_int(number) for number in text.split(",")]
+
+
+def with_strategy(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> Config:
+    """cfg for so many ranks, by this strategy whatever the short forms --use_fsdp and --use_zero1 ask for; micro-steps a rank."""
+    data = dataclasses.replace(cfg.data, gradient_accumulation_steps=micro_steps * n_ranks)
+    parallel = dataclasses.replace(cfg.parallel, parallel=strategy, use_fsdp=False, use_zero1=False)
+    return dataclasses.replace(cfg, data=data, parallel=parallel)
 
 
 def load_model_config(knobs: list[str]) -> Config:

@@ -15,7 +15,6 @@ Needs as many GPUs as ranks; with --device=cpu it runs over gloo, to try the scr
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
 import itertools
@@ -31,7 +30,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from command_line import load_model_config, output_file, parser_of, strategies
+from command_line import load_model_config, output_file, parser_of, positive_int, positive_ints, strategies, with_strategy
 
 from configurator import Config, UserError, run_command
 
@@ -139,7 +138,7 @@ def exposed_ms(step: Callable[[], None]) -> float:
 
 def settings(args: argparse.Namespace, n_ranks: int) -> list[tuple[str, int]]:
     """(strategy, micro-steps a rank) of one launch; one rank alone has no strategy."""
-    return list(itertools.product(args.strategies if n_ranks > 1 else ["alone"], map(int, args.micro_steps.split(","))))
+    return list(itertools.product(args.strategies if n_ranks > 1 else ["alone"], args.micro_steps))
 
 
 def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
@@ -153,9 +152,7 @@ def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
         say = functools.cache(lambda line: print(line, flush=True) if ranks.is_main else None)  # each line once
         for strategy, micro_steps in settings(args, ranks.world_size):
-            data = dataclasses.replace(cfg.data, gradient_accumulation_steps=micro_steps * ranks.world_size)
-            asked = dataclasses.replace(cfg.parallel, parallel="auto" if strategy == "alone" else strategy)
-            one = dataclasses.replace(cfg, data=data, parallel=asked)
+            one = with_strategy(cfg, ranks.world_size, "auto" if strategy == "alone" else strategy, micro_steps)
             row = measure(one, ranks, micro_steps, args.steps, args.profile, say)
             rows.append({"ranks": ranks.world_size, "strategy": strategy, "micro_steps": micro_steps} | row)
             if ranks.is_main:
@@ -194,10 +191,10 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = parser_of(__doc__)
-    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, one launch each")
+    parser.add_argument("--ranks", type=positive_ints, default="1,2", help="numbers of ranks, one launch each")
     parser.add_argument("--strategies", type=strategies, default="ddp,zero1,fsdp", help="any of the three, with commas between")
-    parser.add_argument("--micro_steps", default="1,4", help="micro-steps a rank")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--micro_steps", type=positive_ints, default="1,4", help="micro-steps a rank")
+    parser.add_argument("--steps", type=positive_int, default=10)
     parser.add_argument("--no_profile", dest="profile", action="store_false", help="do not measure exposed communication")
     parser.add_argument("--json", type=output_file, help="write the figures here as well")
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # a launch writes its figures here
@@ -208,8 +205,9 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     failed = False
-    flags = [f"--strategies={','.join(args.strategies)}", f"--micro_steps={args.micro_steps}", f"--steps={args.steps}"]
-    numbers = [int(n) for n in args.ranks.split(",")]
+    flags = [f"--strategies={','.join(args.strategies)}", f"--micro_steps={','.join(map(str, args.micro_steps))}"]
+    flags.append(f"--steps={args.steps}")
+    numbers = args.ranks
     on_gpu = cfg.run.device != "cpu"
     visible = visible_gpus() if on_gpu else []
     if on_gpu and len(visible) < max(numbers):

@@ -18,7 +18,7 @@ import json
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
-from command_line import load_model_config, output_file, parser_of, strategies
+from command_line import load_model_config, output_file, parser_of, positive_int, positive_ints, strategies, with_strategy
 
 from configurator import Config, run_command
 
@@ -72,9 +72,8 @@ def simulate(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) -> dict
     from sharding import choose_layout
 
     sent = {"all-reduce": 0.0, "all-gather": 0.0, "reduce-scatter": 0.0}
-    data = dataclasses.replace(cfg.data, gradient_accumulation_steps=micro_steps * n_ranks)
-    parallel = dataclasses.replace(cfg.parallel, parallel=strategy, exchange="collectives")  # as between hosts
-    cfg = dataclasses.replace(cfg, data=data, parallel=parallel)
+    cfg = with_strategy(cfg, n_ranks, strategy, micro_steps)
+    cfg = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, exchange="collectives"))  # as between hosts
     with ExitStack() as stack:
         dist.init_process_group("fake", rank=0, world_size=n_ranks, store=FakeStore())
         stack.callback(dist.destroy_process_group)
@@ -122,13 +121,13 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--ranks", default="8,64,1024")
+    parser.add_argument("--ranks", type=positive_ints, default="8,64,1024")
     parser.add_argument("--strategies", type=strategies, default="ddp,zero1,fsdp")
-    parser.add_argument("--micro_steps", type=int, default=1, help="a rank")
+    parser.add_argument("--micro_steps", type=positive_int, default=1, help="a rank")
     parser.add_argument("--json", type=output_file, help="write the figures here as well")
     args, knobs = parser.parse_known_args()
     cfg = load_model_config([*knobs, "--device=cpu", "--dtype=bfloat16"])
-    settings = itertools.product(map(int, args.ranks.split(",")), args.strategies)
+    settings = itertools.product(args.ranks, args.strategies)
     rows = [simulate(cfg, n, strategy, args.micro_steps) for n, strategy in settings]
     report(rows)
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from configurator import ROOT
+import parallel
+from configurator import ROOT, Config
 from tiny_runs import Runs
 
 PROGRAMS = sorted((ROOT / "benchmarks").glob("*.py"))
@@ -77,6 +80,57 @@ def test_a_peer_that_does_not_load(peer: str, raises: str, remedy: str, tmp_path
     done = subprocess.run(child, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {package} cannot be imported ({raises}): {remedy}")
+
+
+def test_scaling_by_the_strategy_of_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever short form a command line has that was meant for train.py."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    scaling = importlib.import_module("scaling")
+    monkeypatch.setattr(parallel, "start_ranks", lambda *_: parallel.Ranks(0, 2, torch.device("cpu")))
+
+    def measure(cfg: Config, ranks: parallel.Ranks, micro_steps: int, *_: object) -> dict[str, object]:
+        return {"asked": cfg.parallel.asked, "micro_steps_of_all": cfg.data.gradient_accumulation_steps}
+
+    monkeypatch.setattr(scaling, "measure", measure)
+    rows = tmp_path / "rows.json"
+    flags = ["--strategies=ddp,zero1,fsdp", "--micro_steps=1,4", f"--rows={rows}", *TINY, "--vocab_size=64"]
+    for short_form in ("--use_fsdp", "--use_zero1"):
+        monkeypatch.setattr(sys, "argv", ["scaling.py", *flags, short_form])
+        assert scaling.main() == 0
+        for row in json.loads(rows.read_text()):
+            assert (row["asked"], row["micro_steps_of_all"]) == (row["strategy"], 2 * row["micro_steps"])
+
+
+def test_simulation_of_sums_beside_the_gradients(tmp_path: Path) -> None:
+    """fsdp that exchanges once a step: own rows of averages, and float32 sums of whole matrices. A strategy is its row's."""
+    figures = tmp_path / "figures.json"
+    sizes = "--n_layer=2 --n_head=1 --n_embd=64 --vocab_size=64 --block_size=16 --batch_size=1 --position_encoding=none".split()
+    flags = ["--use_fsdp", "--fsdp_accumulate_whole", "--fsdp_min_num_params=0", "--ranks=8", "--micro_steps=2"]
+    run("simulation.py", *sizes, *flags, f"--json={figures}")
+    ddp, zero1, fsdp = (row["bytes_held"] for row in json.loads(figures.read_text())["rows"])
+    n = 64 * 64 * (2 * 12 + 1) + 64 * 5
+    assert ddp["gradients"] == zero1["gradients"] == 4 * n
+    assert fsdp["gradients"] == 4 * n // 8 + 4 * n
+    assert ddp["optimizer"] > zero1["optimizer"] > fsdp["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("program", "flag"),
+    [
+        ("scaling.py", "--ranks=1,x"),
+        ("scaling.py", "--micro_steps=0"),
+        ("scaling.py", "--steps=0"),
+        ("simulation.py", "--ranks=x"),
+        ("simulation.py", "--ranks=8,"),
+        ("simulation.py", "--micro_steps=-1"),
+    ],
+)
+def test_numbers_that_are_none(program: str, flag: str) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / program, "config/quickstart.py", flag]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    name, _, text = flag.partition("=")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(f"error: argument {name}: {text.split(',')[-1]!r} is no positive whole number\n")
 
 
 def test_fp8_accuracy(tmp_path: Path) -> None:
