@@ -296,3 +296,11 @@ def test_memory_that_is_not_there(runs: Runs) -> None:
     settled = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))  # the data's few letters, not GPT-2's vocabulary
     needed = predict_memory(settled, "float32", "ddp", 1).parameters / GIB
     assert re.search(rf"parameters +{needed:.2f} GiB", process.stderr), process.stderr
+
+
+def test_a_batch_job_from_another_folder(tmp_path: Path) -> None:
+    """Not one message of each rank."""
+    script, environment = ROOT / "scripts" / "slurm.sbatch", os.environ | {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", script, "config/quickstart.py"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: no train.py in {tmp_path}: submit the job from the folder that it is in\n"
