@@ -76,8 +76,16 @@ class StepRecord:
     peak_gb: float | None = None
     reserved_gb: float | None = None
     skipped: int = 0  # steps skipped so far because of a non-finite gradient
-    own_ms: Sequence[float] = ()  # of each rank, its own work of the step before: until it waits for the others
+    own_ms: Sequence[float] = ()  # of each rank, its own work of the newest step that it knows, before it waits; 0: none yet
     fp8: Mapping[str, Any] | None = None  # of FP8 training: what rounding did to each class of tensors
+
+
+def slowest_rank(own_ms: Sequence[float]) -> dict[str, Any]:
+    """What a record says of several ranks; nothing where no step of theirs has been measured yet."""
+    if len(own_ms) < 2 or not any(own_ms):
+        return {}
+    slowest = max(range(len(own_ms)), key=lambda rank: own_ms[rank])
+    return {"ranks": {"slowest": slowest, "slowest_ms": round(own_ms[slowest], 3)}}
 
 
 def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
@@ -91,10 +99,8 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
     if step.grad_std is not None:
         gradients |= {"grad_mean": step.grad_mean, "grad_std": step.grad_std}
     memory = {"allocated_gb": step.allocated_gb, "peak_gb": step.peak_gb, "reserved_gb": step.reserved_gb}
-    slowest = max(range(len(step.own_ms)), key=lambda rank: step.own_ms[rank], default=0)
     peak_fp8 = throughput.peak_fp8_tflops
     over_fp8 = {"mfu_fp8_percent": round(100 * achieved_tflops / peak_fp8, 4)} if peak_fp8 else {}
-    ranks = {"ranks": {"slowest": slowest, "slowest_ms": round(step.own_ms[slowest], 3)}} if len(step.own_ms) > 1 else {}
     return {
         "iter": step.iter,
         "loss": step.loss,
@@ -113,7 +119,7 @@ def step_record(step: StepRecord, throughput: Throughput) -> dict[str, Any]:
         },
         "memory": None if step.allocated_gb is None else {name: round(size, 3) for name, size in memory.items()},
         "gradients": gradients,
-        **ranks,
+        **slowest_rank(step.own_ms),
         **({"fp8": step.fp8} if step.fp8 else {}),
     }
 

@@ -268,6 +268,15 @@ def test_an_fp8_run_has_its_own_share_of_the_peak() -> None:
     assert record["mfu"]["mfu_fp8_percent"] == pytest.approx(record["mfu"]["mfu_percent"] / 2, abs=1e-4)
 
 
+def test_the_slowest_rank_is_named_once_a_step_was_measured() -> None:
+    def ranks(*own_ms: float) -> dict[str, Any] | None:
+        step = StepRecord(3, 3.0, 1e-3, 100.0, 0.1, 5, 1.0, own_ms=own_ms)
+        return step_record(step, Throughput(6e6, 5e6, None, 5)).get("ranks")
+
+    assert ranks(3.0, 9.50049, 4.0) == {"slowest": 1, "slowest_ms": 9.5}
+    assert ranks(0.0, 0.0) is ranks(7.0) is ranks() is None
+
+
 def test_what_is_not_known_is_none() -> None:
     record = step_record(StepRecord(1, 3.0, 1e-3, 100.0, 0.1, 5, 1.0), Throughput(6e6, 5e6, None, 5))
     assert record["memory"] is None and record["gradients"] == {"global_norm": 1.0}
