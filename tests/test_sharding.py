@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ import torch
 
 import checkpoint
 import checkpoint_files
+import evaluation
 import train
 from checkpoint_files import open_checkpoint
 from configurator import ROOT, Fp8Config, load_config
@@ -74,11 +75,26 @@ def test_zero1_is_bitwise_ddp(n: int, runs: Runs, saved: dict[tuple[int, str], s
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_losses_do_not_depend_on_the_ranks(n: int, strategy: str, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
-    alone, together = runs.log(saved[1, "ddp"]), runs.log(saved[n, strategy])
-    for one, many in zip(alone["training_iterations"], together["training_iterations"], strict=True):
+    alone, together = (runs.log(saved[key])["training_iterations"] for key in ((1, "ddp"), (n, strategy)))
+    for one, many in zip(alone, together, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-6)
         assert many["gradients"]["global_norm"] == pytest.approx(one["gradients"]["global_norm"], rel=1e-5)
-        assert many["tokens"] == one["tokens"] and many["ranks"]["slowest"] in range(n)
+        assert many["tokens"] == one["tokens"]
+    assert "ranks" not in together[0] and all(record["ranks"]["slowest_ms"] > 0 for record in together[1:])
+
+
+def test_fsdp_is_ddp_but_for_rounding(runs: Runs) -> None:
+    for strategy in ("ddp", "fsdp"):
+        runs.run_ranks(4, f"20-steps-{strategy}", *SHAPE, "--max_iters=20", f"--parallel={strategy}")
+    ddp, fsdp = (list(runs.losses(f"20-steps-{strategy}").values()) for strategy in ("ddp", "fsdp"))
+    assert len(fsdp) == 20 and fsdp == pytest.approx(ddp, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_draw_different_random_numbers(n: int, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
+    """Dropout must not be the same on all."""
+    generators = runs.checkpoint(saved[n, "ddp"]).state["rng"]
+    assert len({generators[str(rank)]["cpu"] for rank in range(n)}) == n
 
 
 @pytest.mark.parametrize(
@@ -252,6 +268,28 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(strategy: str, runs: Ru
     assert [process.wait() for process in processes] == [143, 143]
     assert runs.tiers(out_dir)["latest"] == len(runs.losses(out_dir)) >= 7
     assert runs.log(out_dir)["summary"]["status"] == "SIGTERM"
+
+
+def be_stopped_in_an_evaluation() -> None:
+    """By a signal after the third batch."""
+    batches_of, seen = evaluation.evaluation_batches, itertools.count(1)
+
+    def batches(*args: object) -> Iterator[object]:
+        for batch in batches_of(*args):
+            yield batch
+            if next(seen) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    evaluation.evaluation_batches = batches
+
+
+def test_a_signal_to_one_rank_cuts_an_evaluation_short(runs: Runs) -> None:
+    """All hear of it with the next batch, and not when the evaluation, which may take long, is over and logged."""
+    flags = [*SHAPE, "--max_iters=100000", "--eval_interval=100", "--eval_iters=40"]
+    processes = runs.start_ranks(2, "evaluating", *flags, prepare=[nothing, be_stopped_in_an_evaluation])
+    assert [process.wait() for process in processes] == [143, 143]
+    log = runs.log("evaluating")
+    assert log["summary"]["status"] == "SIGTERM" and log["eval_steps"] == log["training_iterations"] == []
 
 
 def die_in_second_save() -> None:
