@@ -230,6 +230,17 @@ def is_first_to_fail() -> bool:
     return said == [] or said[0]  # the process that keeps count hangs: nobody else can know
 
 
+def leave_to_torchrun(error: Exception) -> None:
+    """For its last words, where it has started this process."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        try:
+            raise error from error.__cause__
+        except Exception:  # it writes down what is being handled
+            get_error_handler().record_exception(error)
+
+
 @contextmanager
 def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]:
     """Raises what `explain` makes of an error; but one of several ranks exits here: its threads may wait for others for ever.
@@ -252,10 +263,7 @@ def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]
         is_first = is_first_to_fail()
         if is_first:
             print(error_text(error) if is_user_error else "".join(traceback.format_exception(error)), file=sys.stderr)
-            if "TORCHELASTIC_ERROR_FILE" in os.environ:
-                from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-                get_error_handler().record_exception(error)
+            leave_to_torchrun(error)
         elif not is_user_error:
             reason = first_line(error)
             print(f"rank {dist.get_rank()} ends because another rank has failed ({reason[:200]})", file=sys.stderr)

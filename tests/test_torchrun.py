@@ -103,6 +103,37 @@ def test_one_host_goes_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) ->
     assert runs.losses("out") == runs.losses("uninterrupted")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "flags", "cause"),
+    [
+        (None, ["--gradient_accumulation_steps=7"], "2 ranks cannot share them evenly"),
+        (signal.SIGSTOP, ["--step_timeout_s=2"], "this rank has waited too long for another"),
+        (signal.SIGKILL, [], "Signal 9 (SIGKILL) received by PID"),
+    ],
+    ids=str,
+)
+def test_torchruns_last_words_are_the_cause(
+    stop: signal.Signals | None, flags: list[str], cause: str, runs: Runs, tmp_path: Path
+) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    output = tmp_path / "job.txt"
+    with output.open("wb") as file:
+        command = [sys.executable, *launcher, *runs.argv("out", "--max_iters=1000000", *flags)]
+        job = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    try:
+        while stop and "Iter 3 " not in output.read_text():
+            assert job.poll() is None, output.read_text()
+            time.sleep(0.01)
+        if stop:
+            os.kill(rank_process(tmp_path / "out", 1), stop)
+        assert job.wait(120) == 1
+    finally:
+        job.kill()
+    last_words = [line for line in output.read_text().splitlines() if line.strip(" =")][-1]
+    assert cause in last_words, output.read_text()
+
+
 def be_started_again(launch: str, count: int) -> None:
     """What torchrun tells the processes of its attempt number `count` + 1; its run id is "none" unless the user names one."""
     os.environ |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(count)}
