@@ -299,11 +299,11 @@ def report(figures: dict[str, list[dict[str, Any]]], cfg: Config, path: Path | N
             "peak_gib": round(max(r["peak_gib"] for r in rounds), 2),
             "losses": [round(loss, 4) for loss in rounds[0]["losses"]],
         }
-    ours, gpu = result["nanotrain"], torch.cuda.get_device_name()
+    ours, gpu = result.get("nanotrain", {}).get("tokens_per_s", math.nan), torch.cuda.get_device_name()
     print(f"\n{cfg.model.architecture}, {cfg.data.batch_size} x {cfg.model.block_size:,}, {gpu}, torch {torch.__version__}")
     print(f"{'':32s} {'ms':>9s} {'tokens/s':>10s} {'MFU %':>7s} {'GiB':>7s} {'ours / theirs':>14s}  rounds, ms (losses)")
     for name, row in result.items():
-        ratio, mfu = ours["tokens_per_s"] / row["tokens_per_s"], row["mfu_percent"] or float("nan")
+        ratio, mfu = ours / row["tokens_per_s"], row["mfu_percent"] or float("nan")
         figures_of_row = f"{row['step_ms']:9.2f} {row['tokens_per_s']:10,d} {mfu:7.2f} {row['peak_gib']:7.2f} {ratio:14.3f}"
         losses = " to ".join(f"{loss:.3f}" for loss in row["losses"])
         print(f"{name:32s} {figures_of_row}  {', '.join(f'{ms:.2f}' for ms in row['rounds_ms'])} ({losses})")
