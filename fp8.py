@@ -252,7 +252,7 @@ class Fp8:
             linear.attach(self.arithmetic, self.first_scales, device, rows_of_weight.detach() if arrive == "never" else None)
         for block in self.blocks if arrive == "once" else ():
             block.register_forward_pre_hook(lambda block, args: self._round_on_arrival(block))
-        self.measure_weights()
+        self.restore()
         self.begin_step()
 
     @torch.no_grad()
@@ -322,15 +322,19 @@ class Fp8:
         self._set("scale_w", scale_of(w, E4M3, margin, measured))
         self._set("scale_dy", self.micro_steps * scale_of(dy, E5M2, margin, self.first_scales[1]))
 
-    def take(self, history: Tensor) -> None:
-        """The newest steps of a history of another length."""
-        if self.active and history.shape[1:] == self.history.shape[1:]:
-            n = min(len(history), len(self.history))
-            self.history[:n] = history[:n]
+    def take(self, history: Tensor) -> list[str]:
+        """The newest steps of a history of another length. A line for the log where it has another form."""
+        if not self.active:
+            return []
+        if history.shape[1:] != self.history.shape[1:]:
+            return ["the checkpoint's history of FP8's scales is of an earlier version: they start afresh"]
+        n = min(len(history), len(self.history))
+        self.history[:n] = history[:n]
+        return []
 
     @torch.no_grad()
     def restore(self) -> None:
-        """When weights, and `tensors` of a checkpoint, have been read: scales for them."""
+        """Scales for weights, and for `tensors` of a checkpoint, that have been read."""
         self.measure_weights()
         self._set_delayed_scales()
 

@@ -213,9 +213,7 @@ def first_line(error: BaseException) -> str:
 
 
 def is_first_to_fail() -> bool:
-    """Whether it is for this rank to print what went wrong: the first of all that asks; of a machine, before they have met."""
-    if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether it is for this rank to print what went wrong: the first of all that asks."""
     said: list[bool] = []
 
     def ask() -> None:
@@ -253,8 +251,9 @@ def ending_together(explain: Callable[[Exception], Exception]) -> Iterator[None]
     except Exception as error:
         error = explain(error)
         if not dist.is_initialized():
+            leave_to_torchrun(error)
             raise error from error.__cause__
-        if any(words in str(error) for words in GLOO_TIMEOUTS):
+        if type(error) in (RuntimeError, dist.DistBackendError) and any(words in str(error) for words in GLOO_TIMEOUTS):
             limits = "--step_timeout_s, at the start --start_timeout_s"
             error = RanksApart(f"this rank has waited too long for another, which hangs or has gone ({limits})")
         is_user_error = isinstance(error, UserError)

@@ -47,7 +47,7 @@ from micro_step import GraphedMicroStep, MicroStep
 from model import Transformer
 from optim import optimizer_tensors
 from parallel import Ranks, StopRequest, random_state, set_random_state
-from precision import LossScale, autocast
+from precision import LossScale, autocast, dtype_name
 from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
 from sharding import Layout
@@ -151,8 +151,8 @@ class TrainState:
             **identity(cfg, dataset),
         }
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """From a checkpoint of any number of ranks and any layout. Raises UserError where it is of another model."""
+    def restore(self, checkpoint: Checkpoint) -> list[str]:
+        """From a checkpoint of any number of ranks and any layout; lines for the log. Raises UserError for another model."""
         pieces, saved = {name: piece for name, piece, _ in self.held()}, checkpoint.metadata.state_dict_metadata
         others: dict[str, torch.Tensor] = {}  # that have another shape here, or no place
         # A run may go on in another dtype: scales that were not saved start afresh, and those that are not needed are dropped.
@@ -164,21 +164,26 @@ class TrainState:
                 pieces[name] = Piece.whole(others[name])
         checkpoint.load(pieces)
         self.layout.round()
-        if "fp8.amax_history" in others:
-            self.fp8.take(others["fp8.amax_history"])
+        notes = self.fp8.take(others["fp8.amax_history"]) if "fp8.amax_history" in others else []
         for name in self.COUNTERS:
             setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
+        return notes
 
 
-def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretrained | None) -> None:
-    """Goes on from the checkpoint; where there is none, starts from `pretrained`'s weights; else all stays as it was drawn."""
+def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretrained | None) -> list[str]:
+    """Goes on from the checkpoint; where there is none, starts from `pretrained`'s weights; else all stays as it was drawn.
+
+    Returns lines for the log.
+    """
+    notes = []
     if checkpoint:
-        state.restore(checkpoint)
+        notes = state.restore(checkpoint)
     elif pretrained:
         load_weights(state.model, pretrained, state.layout.put)
         state.layout.round()
     state.fp8.restore()
+    return notes
 
 
 def launch_id() -> str | None:
@@ -201,7 +206,6 @@ def claim_out_dir(cfg: Config, dataset: Dataset, ranks: Ranks, stack: ExitStack)
 
     Rank 0 finds and verifies the checkpoint for all.
     """
-    check_same_knobs(cfg, ranks)
     claimed: list[Checkpoint | None] = []
 
     def claim() -> tuple[Path | None, list[str]]:
@@ -217,9 +221,13 @@ def claim_out_dir(cfg: Config, dataset: Dataset, ranks: Ranks, stack: ExitStack)
     return open_checkpoint(path, checksums=False), notes
 
 
-def check_same_knobs(cfg: Config, ranks: Ranks) -> None:
-    """Of all ranks but for data_dir, which may be a disk of each node. Raises UserError on all of them."""
-    first, *others = ranks.all_of({name: value for name, value in cfg.values().items() if name != "data_dir"})
+def check_same_knobs(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Of all ranks, and what became of dtype=auto, but for data_dir, which may be a disk of each node.
+
+    Before anything that depends on them, a collective above all. Raises UserError on all ranks.
+    """
+    own = {name: value for name, value in cfg.values().items() if name != "data_dir"}
+    first, *others = ranks.all_of(own | {"dtype": f"{cfg.run.dtype} ({dtype_name(dtype)})"})
     for rank, values in enumerate(others, 1):
         if different := [f"{name} is {first[name]!r} and {values[name]!r}" for name in first if first[name] != values[name]]:
             what = ", ".join(different)
@@ -231,13 +239,14 @@ def find_to_resume(cfg: Config, dataset: Dataset, stack: ExitStack) -> tuple[Che
     out_dir, writes = Path(cfg.run.out_dir), not cfg.eval.eval_only
     if writes:
         stack.callback(lock_out_dir(out_dir, notes.append).close)
-    checkpoint = None
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and writes:  # torchrun starts a job that failed once more
+    checkpoint, asked = None, (cfg.checkpoint.resume or "latest") if cfg.checkpoint.resumes else ""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and writes  # torchrun starts what has failed once more
+    if again or asked == "latest":
         checkpoint = find_checkpoint(out_dir, "latest", notes.append)
-        if checkpoint and launch_id() not in checkpoint.state.get("launches", []):
-            checkpoint = None  # another launch's: this one failed before it had saved anything
-    if checkpoint is None and cfg.checkpoint.resumes:
-        checkpoint = find_checkpoint(out_dir, cfg.checkpoint.resume or "latest", notes.append)
+    if checkpoint and asked != "latest" and launch_id() not in checkpoint.state.get("launches", []):
+        checkpoint = None  # another launch's: this one failed before it had saved anything
+    if checkpoint is None and asked not in ("", "latest"):
+        checkpoint = find_checkpoint(out_dir, asked, notes.append)
     if checkpoint:
         if checkpoint.state.get("weights_only"):
             raise UserError(f"{checkpoint.path} is imported and has no optimizer: train from it with --init_from={out_dir}")

@@ -49,6 +49,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     ranks = start_ranks(cfg.run, cfg.parallel, stack)
     dtype = choose_dtype(cfg.run.dtype, ranks.device)
     stop = StopRequest(cfg.run.max_hours, ranks)
+    startup.check_same_knobs(cfg, ranks, dtype)
     cfg, pretrained = startup.with_weights(cfg, ranks)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
     fp8, fp8_notes = choose_fp8(cfg, ranks.device, dtype, ops, ranks.world_size)
@@ -58,9 +59,8 @@ def train(cfg: Config, stack: ExitStack) -> int:
     cfg = startup.with_vocabulary(cfg, dataset, pretrained)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
     prompt, questions = startup.load_prompt(cfg, dataset), startup.load_questions(cfg, dataset, ranks)
-    cfg, layout, parallel = choose_layout(cfg, ranks, dtype)
+    cfg, layout, parallel = choose_layout(cfg, ranks, dtype, fp8.active)
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, ranks, stack)
-    notes = [*fp8_notes, *notes]
 
     # 3. Model: shapes on meta, then shard, then storage and initialisation, then (below, with a log to say so) compile.
     model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
@@ -73,7 +73,7 @@ def train(cfg: Config, stack: ExitStack) -> int:
     # 5. Resume: everything that moves is tracked by one object, so everything is restored.
     run_name = startup.run_name_of(cfg, checkpoint, ranks)
     state = TrainState(model, layout, optimizer, LossScale(dtype, ranks.device), fp8, ranks, run_name)
-    startup.restore(state, checkpoint, pretrained)
+    notes = [*fp8_notes, *notes, *startup.restore(state, checkpoint, pretrained)]
     loader = Loader(dataset.train, order, cfg.data, ranks.device, ranks.rank, ranks.world_size, state.samples)
     stack.callback(loader.close)
 

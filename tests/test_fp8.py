@@ -279,6 +279,29 @@ def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
     assert dy == (*(57344 / 448 * scale for scale in x[:6]), first_dy)
 
 
+def test_the_first_gradients_are_of_a_ranks_micro_steps() -> None:
+    scales = []
+    for n_ranks in (1, 4):
+        cfg = Config(
+            model=ModelConfig(**SHAPE),
+            data=DataConfig(batch_size=2, gradient_accumulation_steps=8),
+            fp8=Fp8Config(use_fp8=True, fp8_emulate=True),
+        )
+        fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE, n_ranks)
+        model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
+        fp8.attach(CPU, table, rows_of(model))
+        scales.append(fp8.linears[0].own.scale_dy.item())
+    assert scales[0] == 4 * scales[1] == fp8.first_scales[1] * 8
+
+
+def test_a_history_of_another_form_is_told() -> None:
+    _, fp8 = build()
+    newest = torch.rand(2, *fp8.history.shape[1:])
+    assert fp8.take(newest) == [] and torch.equal(fp8.history[:2], newest)
+    (line,) = fp8.take(torch.rand(16, len(fp8.linears), 2))
+    assert "start afresh" in line and torch.equal(fp8.history[:2], newest)
+
+
 def test_weights_that_were_read_are_measured() -> None:
     """At first, and where they are not what the history has seen."""
     linear = (fp8 := build()[1]).linears[0]

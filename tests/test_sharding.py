@@ -33,6 +33,7 @@ from configurator import ROOT, Fp8Config, load_config
 from exchange import own_rows
 from fp8 import Fp8
 from kernels import REFERENCE
+from memory import USABLE, predict_memory
 from model import build_model
 from optim import build_optimizer, optimizer_tensors, update
 from parallel import Ranks, start_ranks
@@ -332,17 +333,22 @@ def test_a_full_disk_on_one_rank_is_a_warning(runs: Runs) -> None:
     assert runs.checkpoint("full").iter == 6
 
 
-def learn_faster() -> None:
+def give_also(flag: str) -> None:
     config_or_plan = train.config_or_plan
-    train.config_or_plan = lambda argv: config_or_plan([*argv, "--learning_rate=0.5"])
+    train.config_or_plan = lambda argv: config_or_plan([*argv, flag])
 
 
-def test_ranks_with_different_knobs(runs: Runs) -> None:
+@pytest.mark.parametrize(
+    ("flag", "what"),
+    [("--learning_rate=0.5", "learning_rate is 0.01 and 0.5"), ("--hellaswag_interval=2", "hellaswag_interval is 0 and 2")],
+)
+def test_ranks_with_different_knobs(flag: str, what: str, runs: Runs) -> None:
+    """The second would have some of them wait for what the others never send."""
     flags = [*SHAPE, "--gradient_accumulation_steps=3"]
-    processes = runs.start_ranks(3, "different", *flags, prepare=[nothing, nothing, learn_faster])
+    processes = runs.start_ranks(3, "different", *flags, prepare=[nothing, nothing, partial(give_also, flag)])
     assert [process.wait() for process in processes] == [2, 2, 2]
     said = "".join(process.stderr for process in processes)
-    assert said.count("error:") == 1 and "ranks 0 and 2 have different knobs: learning_rate is 0.01 and 0.5; give all" in said
+    assert said.count("error:") == 1 and f"ranks 0 and 2 have different knobs: {what}; give all" in said
 
 
 def test_an_out_dir_that_is_not_shared(runs: Runs) -> None:
@@ -469,6 +475,22 @@ def test_auto_chooses_for_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
         chosen.append(choose_layout(cfg, Ranks(0, 2, torch.device("cuda")), torch.bfloat16)[2])
     assert chosen[0] == chosen[1] and f"of {0.92 * 40:.1f} usable GiB" in chosen[0]
+
+
+def test_auto_plans_without_fp8_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zero1 with FP8 needs a second copy of the weights, which fsdp has room for."""
+    cfg = load_config(["config/full_llama_1.36b.py", "--vocab_size=32000", "--use_fp8"])
+    needed = predict_memory(replace(cfg, fp8=Fp8Config()), "bfloat16", "zero1", 2).peak / USABLE
+    monkeypatch.setattr(Ranks, "all_of", lambda ranks, value: [value, value])
+    gpu = SimpleNamespace(total_memory=needed + 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr("sharding.choose_exchange", lambda *args, **kwargs: ("copies", ""))
+    ranks, names = Ranks(0, 2, torch.device("cuda")), []
+    for fp8_runs in (False, True):
+        settled_cfg, layout, _ = choose_layout(cfg, ranks, torch.bfloat16, fp8_runs)
+        assert settled_cfg.fp8.use_fp8
+        names.append(layout.name)
+    assert names == ["zero1", "fsdp"]
 
 
 def test_gradients_are_sent_as_they_are_and_reduced_in_float32() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,28 @@ def rank_process(out_dir: Path, rank: int) -> int:
     raise AssertionError(f"no process is rank {rank} of {out_dir}")
 
 
+@contextmanager
+def torchrun(out_dir: Path, output: Path, *command: object) -> Iterator[subprocess.Popen[bytes]]:
+    """A launch of two ranks on this host; none of its processes outlives the `with` block."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with output.open("wb") as file:
+        job = subprocess.Popen([*launcher, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
+    try:
+        yield job
+    finally:
+        job.kill()
+        for rank in (0, 1):
+            with suppress(AssertionError):
+                os.kill(rank_process(out_dir, rank), signal.SIGKILL)
+
+
+def wait_for_step(step: int, job: subprocess.Popen[bytes], output: Path) -> None:
+    deadline_s = time.monotonic() + 120
+    while f"Iter {step} " not in output.read_text():
+        assert job.poll() is None and time.monotonic() < deadline_s, output.read_text()
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 def test_two_nodes_go_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
@@ -82,21 +105,13 @@ def test_one_host_goes_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) ->
     """Twice, from `latest`: not from the checkpoint that the command began with."""
     flags = ["--gradient_accumulation_steps=2", "--parallel=zero1", "--max_iters=60", "--checkpoint_interval=5"]
     runs.run_ranks(2, "out", *flags, "--max_iters=5", "--rolling_interval=5")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3", str(ROOT / "train.py")]
     output, out_dir = tmp_path / "job.txt", tmp_path / "out"
-    with output.open("wb") as file:
-        command = [sys.executable, *launcher, *runs.argv("out", *flags, "--resume=rolling_step_5")]
-        job = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
-    try:
+    command = ["--max_restarts=3", ROOT / "train.py", *runs.argv("out", *flags, "--resume=rolling_step_5")]
+    with torchrun(out_dir, output, *command) as job:
         for step, rank in ((16, 1), (32, 0)):
-            deadline_s = time.monotonic() + 120
-            while f"Iter {step} " not in output.read_text():
-                assert job.poll() is None and time.monotonic() < deadline_s, output.read_text()
-                time.sleep(0.01)
+            wait_for_step(step, job, output)
             os.kill(rank_process(out_dir, rank), signal.SIGKILL)
         assert job.wait(120) == 0, output.read_text()
-    finally:
-        job.kill()
     said = re.findall(r"resuming (\S+)", output.read_text())
     assert [Path(path).name for path in said] == ["rolling_step_5", "latest", "latest"]
     runs.run_ranks(2, "uninterrupted", *flags)
@@ -116,20 +131,12 @@ def test_one_host_goes_on_after_a_rank_was_killed(runs: Runs, tmp_path: Path) ->
 def test_torchruns_last_words_are_the_cause(
     stop: signal.Signals | None, flags: list[str], cause: str, runs: Runs, tmp_path: Path
 ) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-    output = tmp_path / "job.txt"
-    with output.open("wb") as file:
-        command = [sys.executable, *launcher, *runs.argv("out", "--max_iters=1000000", *flags)]
-        job = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=file, stderr=file)
-    try:
-        while stop and "Iter 3 " not in output.read_text():
-            assert job.poll() is None, output.read_text()
-            time.sleep(0.01)
+    output, out_dir = tmp_path / "job.txt", tmp_path / "out"
+    with torchrun(out_dir, output, ROOT / "train.py", *runs.argv("out", "--max_iters=1000000", *flags)) as job:
         if stop:
-            os.kill(rank_process(tmp_path / "out", 1), stop)
+            wait_for_step(3, job, output)
+            os.kill(rank_process(out_dir, 1), stop)
         assert job.wait(120) == 1
-    finally:
-        job.kill()
     last_words = [line for line in output.read_text().splitlines() if line.strip(" =")][-1]
     assert cause in last_words, output.read_text()
 
