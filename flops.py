@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import Config, ModelConfig
+from configurator import Config, ModelConfig, UserError
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16", "fp8"]
 
@@ -179,6 +179,13 @@ def why_no_fp8(cfg: Config, dtype: str, device_name: str, recipes: Collection[st
     divisor = FP8_SIDES[fp8.fp8_recipe]
     uneven = [f"{name}={value:,}" for name, value in sides.items() if value % divisor]
     return f"{', '.join(uneven)}: must be a multiple of {divisor} for fp8_recipe={fp8.fp8_recipe}" if uneven else None
+
+
+def fp8_left_out(cfg: Config, dtype: str, reason: str) -> str:
+    """The line that says so, of a run that goes on in `dtype`. Raises UserError where FP8 is required."""
+    if cfg.fp8.fp8_required:
+        raise UserError(f"--fp8_required: {reason}")
+    return f"FP8 is left out, and products run in {dtype}: {reason}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configurator import Config, Fp8Config, UserError
-from flops import FP8_SIDES, why_no_fp8
+from configurator import Config, Fp8Config
+from flops import FP8_SIDES, fp8_left_out, why_no_fp8
 from kernels import REFERENCE, Operations
 from kernels.reference import FP8_BLOCK, Kept, Quantized
 from precision import dtype_name
@@ -136,9 +136,7 @@ def unflatten(rows: Tensor, x: Tensor) -> Tensor:
 class Fp8Linear(nn.Linear):
     """A linear layer whose products run in FP8 while it is in training."""
 
-    def attach(
-        self, arithmetic: Arithmetic, scales: tuple[float, float], device: torch.device, master: Tensor | None = None
-    ) -> None:
+    def attach(self, arithmetic: Arithmetic, scales: tuple[float, float], device: torch.device, master: Tensor | None) -> None:
         """`scales`: those of the first step for activations and gradients; `master`: what to read in the weight's place."""
         self.arithmetic, self.master = arithmetic, master
         first = (torch.tensor(scale, device=device) for scale in scales)
@@ -262,7 +260,7 @@ class Fp8:
             return
         torch._foreach_zero_(self.statistics())
         if self.cfg.fp8_recipe == "current":
-            self.measure_weights()
+            self._measure_weights()
         for linear in self.linears if self._arrive == "never" else ():
             linear.round_weight()
         self._unrounded = set(self.blocks) if self._arrive == "once" else set()
@@ -275,11 +273,8 @@ class Fp8:
                 if isinstance(linear, Fp8Linear):
                     linear.round_weight()
 
-    @torch.no_grad()
-    def measure_weights(self) -> None:
+    def _measure_weights(self) -> None:
         """Their scales, from what they are now. A collective where they arrive."""
-        if not self.active or self.cfg.fp8_recipe == "block":
-            return
         weights = [w.detach() if len(w) else w.new_zeros(1) for w in self._weights]  # a rank may have no rows
         amax = torch.stack(torch._foreach_norm(weights, torch.inf))
         if self._arrive != "never":
@@ -309,13 +304,12 @@ class Fp8:
         counts = rows[:, amax.numel() :].sum(0).view(3, 3)
         amax[:, CLASSES.index("gradients")] *= self.micro_steps
         self.history.copy_(torch.where(overflow > 0, self.history, torch.cat((amax[None], self.history[:-1]))))
-        self._set_delayed_scales()
+        if self.cfg.fp8_recipe == "delayed":
+            self._set_delayed_scales()
         return counts[:, :2] / counts[:, 2:].clamp(min=1)
 
     def _set_delayed_scales(self) -> None:
         """Those that the history says: a function of it alone, so that a resumed run has the same."""
-        if not self.active or self.cfg.fp8_recipe != "delayed":
-            return
         (x, w, dy), margin = self.history.amax(0).unbind(1), self.cfg.fp8_margin  # (L,) each
         measured = torch.stack([linear.own.scale_w for linear in self.linears])
         self._set("scale_x", scale_of(x, E4M3, margin, self.first_scales[0]))
@@ -335,8 +329,9 @@ class Fp8:
     @torch.no_grad()
     def restore(self) -> None:
         """Scales for weights, and for `tensors` of a checkpoint, that have been read."""
-        self.measure_weights()
-        self._set_delayed_scales()
+        if self.active and self.cfg.fp8_recipe == "delayed":
+            self._measure_weights()
+            self._set_delayed_scales()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by name."""
@@ -348,9 +343,7 @@ def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Opera
     if not cfg.fp8.use_fp8:
         return Fp8(cfg.fp8), []
     if reason := why_not(cfg, device, dtype):
-        if cfg.fp8.fp8_required:
-            raise UserError(f"--fp8_required: {reason}")
-        return Fp8(cfg.fp8), [f"FP8 is left out, and products run in {dtype_name(dtype)}: {reason}"]
+        return Fp8(cfg.fp8), [fp8_left_out(cfg, dtype_name(dtype), reason)]
     emulated = cfg.fp8.fp8_emulate
     own_ops = REFERENCE if emulated else ops
     arithmetic = Arithmetic(cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, cfg.fp8.fp8_less_memory, own_ops)

@@ -112,7 +112,7 @@ class Layout:
     def part_of(self, parameter: nn.Parameter, master: Tensor | None) -> Part:
         if master is None:
             return Part(parameter, parameter, 0, self.ranks.world_size)
-        rounded = parameter.detach() if parameter.is_contiguous() else None
+        rounded = parameter.detach() if parameter.is_contiguous() else None  # one without memory is not written
         return Part(parameter, master, 0, self.ranks.world_size, rounded)
 
     @property

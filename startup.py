@@ -182,7 +182,8 @@ def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretra
     elif pretrained:
         load_weights(state.model, pretrained, state.layout.put)
         state.layout.round()
-    state.fp8.restore()
+    if checkpoint or pretrained:  # what was drawn is measured by then
+        state.fp8.restore()
     return notes
 
 

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import Config, load_config
 from memory import STRATEGIES
+from plan import UNKNOWN_VOCABULARY
 
 
 def parser_of(description: str | None) -> ArgumentParser:
@@ -53,6 +54,6 @@ def with_strategy(cfg: Config, n_ranks: int, strategy: str, micro_steps: int) ->
 
 
 def load_model_config(knobs: list[str]) -> Config:
-    """train.py's, for random tokens: a vocabulary left to the dataset counts as GPT-2's, padded. Raises UserError as it does."""
+    """train.py's, for random tokens: a vocabulary left to the dataset counts as --plan's. Raises UserError as it does."""
     cfg = load_config(knobs)
-    return cfg if cfg.model.vocab_size else load_config([*knobs, "--vocab_size=50304"])
+    return cfg if cfg.model.vocab_size else load_config([*knobs, f"--vocab_size={UNKNOWN_VOCABULARY}"])
