@@ -7,7 +7,7 @@ docs/PARAMETER_FORMULAS.md derives them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from configurator import Config, ModelConfig, UserError
@@ -181,11 +181,12 @@ def why_no_fp8(cfg: Config, dtype: str, device_name: str, recipes: Collection[st
     return f"{', '.join(uneven)}: must be a multiple of {divisor} for fp8_recipe={fp8.fp8_recipe}" if uneven else None
 
 
-def fp8_left_out(cfg: Config, dtype: str, reason: str) -> str:
-    """The line that says so, of a run that goes on in `dtype`. Raises UserError where FP8 is required."""
+def without_fp8(cfg: Config, dtype: str, reason: str) -> tuple[Config, str]:
+    """(the configuration of a run that goes on in `dtype`, the line that says so). Raises UserError where FP8 is required."""
     if cfg.fp8.fp8_required:
         raise UserError(f"--fp8_required: {reason}")
-    return f"FP8 is left out, and products run in {dtype}: {reason}"
+    fp8 = replace(cfg.fp8, use_fp8=False, fp8_emulate=False, fp8_less_memory=False)
+    return replace(cfg, fp8=fp8), f"FP8 is left out, and products run in {dtype}: {reason}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configurator import Config, Fp8Config
-from flops import FP8_SIDES, fp8_left_out, why_no_fp8
+from flops import FP8_SIDES, why_no_fp8, without_fp8
 from kernels import REFERENCE, Operations
 from kernels.reference import FP8_BLOCK, Kept, Quantized
+from parallel import Ranks
 from precision import dtype_name
 
 FP8_PRODUCTS = ("attention.qkv", "attention.out", "ffn.up", "ffn.out")  # of a block
@@ -338,21 +339,25 @@ class Fp8:
         return {"fp8.amax_history": self.history} if self.active and self.cfg.fp8_recipe == "delayed" else {}
 
 
-def choose_fp8(cfg: Config, device: torch.device, dtype: torch.dtype, ops: Operations, n_ranks: int = 1) -> tuple[Fp8, list[str]]:
-    """(the run's FP8, lines for the log). Raises UserError where it cannot run and is required."""
+def choose_fp8(cfg: Config, ranks: Ranks, dtype: torch.dtype, ops: Operations) -> tuple[Config, Fp8, list[str]]:
+    """(cfg without FP8 where not every rank's GPU can run it, the run's FP8, lines for the log).
+
+    A collective where FP8 is asked for. Raises UserError where it cannot run and is required.
+    """
     if not cfg.fp8.use_fp8:
-        return Fp8(cfg.fp8), []
-    if reason := why_not(cfg, device, dtype):
-        return Fp8(cfg.fp8), [fp8_left_out(cfg, dtype_name(dtype), reason)]
+        return cfg, Fp8(cfg.fp8), []
+    if reason := next(filter(None, ranks.all_of(why_not(cfg, ranks.device, dtype))), None):
+        cfg, line = without_fp8(cfg, dtype_name(dtype), reason)
+        return cfg, Fp8(cfg.fp8), [line]
     emulated = cfg.fp8.fp8_emulate
     own_ops = REFERENCE if emulated else ops
     arithmetic = Arithmetic(cfg.fp8.fp8_recipe, cfg.fp8.fp8_margin, dtype, emulated, cfg.fp8.fp8_less_memory, own_ops)
     # What a block's products read is near 1, with outliers; the loss is a mean over the tokens, so gradients start out near
     # 1 / tokens. Either may be a hundred times larger or smaller for the one step that this has to do.
-    tokens, micro_steps = cfg.data.batch_size * cfg.model.block_size, cfg.data.gradient_accumulation_steps // n_ranks
+    tokens, micro_steps = cfg.data.batch_size * cfg.model.block_size, cfg.data.gradient_accumulation_steps // ranks.world_size
     how = [f"{cfg.fp8.fp8_recipe} scaling", *["less memory"] * arithmetic.less_memory, *["emulated"] * emulated]
     line = f"FP8 in {', '.join(FP8_PRODUCTS)} of each block, {', '.join(how)}"
-    return Fp8(cfg.fp8, arithmetic, (16.0, float(tokens)), micro_steps=micro_steps), [line]
+    return cfg, Fp8(cfg.fp8, arithmetic, (16.0, float(tokens)), micro_steps=micro_steps), [line]
 
 
 def why_not(cfg: Config, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -22,11 +22,11 @@ from flops import (
     Precision,
     count_parameters,
     flops_per_token,
-    fp8_left_out,
     fp8_recipes,
     loss_prediction,
     peak_tflops,
     why_no_fp8,
+    without_fp8,
 )
 from memory import (
     GIB,
@@ -186,8 +186,8 @@ def with_fp8(cfg: Config, name: str, dtype: Precision) -> tuple[Config, list[str
     if not cfg.fp8.use_fp8:
         return cfg, []
     if reason := why_no_fp8(cfg, dtype, name, fp8_recipes(name)):
-        line = fp8_left_out(cfg, dtype, reason)
-        return dataclasses.replace(cfg, fp8=dataclasses.replace(cfg.fp8, use_fp8=False)), [line]
+        cfg, line = without_fp8(cfg, dtype, reason)
+        return cfg, [line]
     if cfg.fp8.fp8_emulate:
         return cfg, [f"FP8 is planned as {dtype}; emulated it takes far more time"]
     return cfg, [f"FP8 is planned as {dtype}, which takes more time and keeps larger activations"]

@@ -19,7 +19,7 @@ FP8 rounds the masters themselves where a rank has all of them; such a parameter
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -426,10 +426,10 @@ class FullyShard(Layout):
 LAYOUTS = {layout.name: layout for layout in (DataParallel, Zero1, FullyShard)}
 
 
-def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype, fp8_runs: bool = True) -> tuple[Config, Layout, str]:
+def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config, Layout, str]:
     """(cfg with what it leaves to the memory settled, how the model lies on the ranks, what the report says of it).
 
-    `fp8_runs`: where it is asked for. A collective. Raises UserError where the ranks cannot share the work.
+    A collective. Raises UserError where the ranks cannot share the work.
     """
     n, steps, size = ranks.world_size, cfg.data.gradient_accumulation_steps, cfg.parallel.hsdp_shard_size
     if steps % n:
@@ -446,11 +446,9 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype, fp8_runs: bool 
     on_gpu, asked = ranks.device.type == "cuda", cfg.parallel.asked
     # The smallest GPU's; a CPU's memory is not predicted, and so taken to be short.
     memory_gib = min(ranks.all_of(torch.cuda.get_device_properties(ranks.device).total_memory / GIB)) if on_gpu else 0.0
-    planned = replace(cfg, fp8=replace(cfg.fp8, use_fp8=cfg.fp8.use_fp8 and fp8_runs))
-    planned, name, why = settled(planned, dtype_name(dtype), n, memory_gib), asked, "as asked for"
+    cfg, name, why = settled(cfg, dtype_name(dtype), n, memory_gib), asked, "as asked for"
     if asked == "auto":
-        name, why = choose_by_memory(planned, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
-    cfg = replace(planned, fp8=cfg.fp8)
+        name, why = choose_by_memory(cfg, dtype, n, memory_gib) if on_gpu else ("ddp", "the default on a CPU")
     if name == "fsdp":
         why = ", ".join([why, *how_often(cfg, n)])
     exchange_by, why_not = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)

@@ -176,7 +176,7 @@ def idle_fp8_knobs(cfg: Config) -> Iterator[str]:
     fp8, m = cfg.fp8, cfg.model
     recipes = {"fp8_history": ("delayed",), "fp8_margin": ("delayed", "current")}  # that use it
     for name in filter(cfg.is_given, ("fp8_recipe", "fp8_warn_percent", *recipes)):
-        if not fp8.use_fp8:
+        if not fp8.use_fp8 and not cfg.is_given("use_fp8"):  # where it was left out a line has said why
             yield f"--{name} is of FP8, which --use_fp8 asks for"
         elif fp8.fp8_recipe not in recipes.get(name, [fp8.fp8_recipe]):
             yield f"--{name} does nothing with fp8_recipe={fp8.fp8_recipe}"

@@ -44,13 +44,13 @@ from flops import checkpoint_bytes
 from fp8 import Fp8
 from hellaswag import Questions, find_source, read_items, tokenize
 from micro_step import GraphedMicroStep, MicroStep
-from model import Transformer
-from optim import optimizer_tensors
+from model import build_model
+from optim import build_optimizer, optimizer_tensors
 from parallel import Ranks, StopRequest, random_state, set_random_state
 from precision import LossScale, autocast, dtype_name
 from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
-from sharding import Layout
+from sharding import Layout, put_rows
 from training_logger import TrainingLogger, new_run_name
 
 
@@ -169,6 +169,16 @@ class TrainState:
             setattr(self, name, checkpoint.state["counters"].get(name, getattr(self, name)))
         set_random_state(checkpoint.state["rng"].get(str(self.ranks.rank), {}), self.ranks.device)
         return notes
+
+
+def build_state(cfg: Config, ops: kernels.Operations, layout: Layout, fp8: Fp8, run_name: str = "") -> TrainState:
+    """As a run begins: shapes on meta, FP8's products, shards, storage and values, masters, AdamW's state."""
+    ranks = layout.ranks
+    model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
+    layout.attach(model)
+    fp8.attach(ranks.device, ranks.table, layout.rows, layout.weights_arrive)
+    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
+    return TrainState(model, layout, optimizer, LossScale(layout.dtype, ranks.device), fp8, ranks, run_name)
 
 
 def restore(state: TrainState, checkpoint: Checkpoint | None, pretrained: Pretrained | None) -> list[str]:
@@ -360,16 +370,14 @@ def compiles(cfg: Config, device: torch.device) -> bool:
     return cfg.run.compile and not missing_compiler(device)
 
 
-def compile_model(
-    model: Transformer, cfg: Config, dtype: torch.dtype, ranks: Ranks, say: Callable[[str], None]
-) -> Callable[..., torch.Tensor]:
+def compile_model(state: TrainState, cfg: Config, say: Callable[[str], object]) -> Callable[..., torch.Tensor]:
     """The model's forward pass, compiled where `compile` asks for it and a compiler is there.
 
     One micro-batch of random tokens goes forward and backward, so that no timed step compiles anything; weights and random
     numbers are left as they were. Among several ranks blocks are compiled one by one: hooks at their borders move shards and
     gradients, which a graph of the whole model would let happen only before or after all of it.
     """
-    device = ranks.device
+    model, device, alone = state.model, state.ranks.device, state.ranks.world_size == 1
     if not cfg.run.compile:
         return model
     if missing := missing_compiler(device):
@@ -381,11 +389,11 @@ def compile_model(
         from torch._inductor import config as inductor
 
         inductor.deterministic = True  # no measurement, which may turn out otherwise later, decides how a sum is computed
-    if ranks.world_size > 1:
+    if not alone:
         model.compile_units()
-    forward = model if ranks.world_size > 1 else torch.compile(model)
+    forward = torch.compile(model) if alone else model
     ids = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
-    with autocast(device, dtype):
+    with autocast(device, state.layout.dtype):
         loss = forward(ids[0], ids[1])
     loss.backward()
     model.zero_grad(set_to_none=True)
@@ -394,12 +402,12 @@ def compile_model(
     return forward
 
 
-def build_micro_step(forward: Callable[..., torch.Tensor], state: TrainState, cfg: Config, dtype: torch.dtype) -> MicroStep:
+def build_micro_step(forward: Callable[..., torch.Tensor], state: TrainState, cfg: Config) -> MicroStep:
     """A micro-batch forward and backward. Its loss is its share of the step's, without the scale; as a graph where that works."""
     micro_steps, device = cfg.data.gradient_accumulation_steps // state.ranks.world_size, state.ranks.device
 
     def micro_step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with autocast(device, dtype):
+        with autocast(device, state.layout.dtype):
             loss = forward(idx, targets) / micro_steps
         (loss * state.loss_scale.scale).backward()
         return loss.detach()

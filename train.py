@@ -25,12 +25,11 @@ from data.tokens import Dataset, load_dataset
 from evaluation import Evaluator
 from fp8 import by_class, choose_fp8, losses_above
 from micro_step import MicroStep
-from model import build_model
-from optim import build_optimizer, describe_groups, learning_rate, update
+from optim import describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
-from precision import LossScale, choose_dtype
+from precision import choose_dtype
 from profiling import Profiler
-from sharding import choose_layout, put_rows
+from sharding import choose_layout
 from start_report import marker_lines, notes_on, start_report
 from startup import TrainState
 from training_logger import StepRecord, TrainingLogger
@@ -52,46 +51,40 @@ def train(cfg: Config, stack: ExitStack) -> int:
     startup.check_same_knobs(cfg, ranks, dtype)
     cfg, pretrained = startup.with_weights(cfg, ranks)
     ops, chosen_kernels = startup.choose_kernels(cfg, ranks.device)
-    fp8, fp8_notes = choose_fp8(cfg, ranks.device, dtype, ops, ranks.world_size)
+    cfg, fp8, fp8_notes = choose_fp8(cfg, ranks, dtype, ops)
 
     # 2. Data, and what is on disk: whatever can be wrong is found before the model is built.
     dataset = load_dataset(cfg.data, cfg.model.block_size)
     cfg = startup.with_vocabulary(cfg, dataset, pretrained)
     order = SampleOrder(len(dataset.train), cfg.model.block_size, cfg.run.seed)
     prompt, questions = startup.load_prompt(cfg, dataset), startup.load_questions(cfg, dataset, ranks)
-    cfg, layout, parallel = choose_layout(cfg, ranks, dtype, fp8.active)
+    cfg, layout, parallel = choose_layout(cfg, ranks, dtype)
     checkpoint, notes = startup.claim_out_dir(cfg, dataset, ranks, stack)
 
-    # 3. Model: shapes on meta, then shard, then storage and initialisation, then (below, with a log to say so) compile.
-    model = build_model(cfg.model, ranks.device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
-    layout.attach(model)
-    fp8.attach(ranks.device, ranks.table, layout.rows, layout.weights_arrive)
+    # 3. Model and optimizer: shapes on meta, then shard, then storage and values. AdamW's state exists from the start, so that
+    #    every checkpoint holds the same tensors. What compiles comes below, where there is a log to say so.
+    state = startup.build_state(cfg, ops, layout, fp8, startup.run_name_of(cfg, checkpoint, ranks))
 
-    # 4. Optimizer: its state exists from the start, so that every checkpoint holds the same tensors.
-    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
-
-    # 5. Resume: everything that moves is tracked by one object, so everything is restored.
-    run_name = startup.run_name_of(cfg, checkpoint, ranks)
-    state = TrainState(model, layout, optimizer, LossScale(dtype, ranks.device), fp8, ranks, run_name)
+    # 4. Resume: everything that moves is tracked by this one object, so everything is restored.
     notes = [*fp8_notes, *notes, *startup.restore(state, checkpoint, pretrained)]
     loader = Loader(dataset.train, order, cfg.data, ranks.device, ranks.rank, ranks.world_size, state.samples)
     stack.callback(loader.close)
 
-    # 6. Logger: the start report, then one record a logged step. Rank 0 writes, the others are silent.
+    # 5. Logger: the start report, then one record a logged step. Rank 0 writes, the others are silent.
     resume_iter = state.step if checkpoint and not cfg.eval.eval_only else None
     log = TrainingLogger(cfg, state.run_name, resume_iter, checkpoint and checkpoint.state["run_name"], active=ranks.is_main)
     stack.push(lambda kind, error, _: log.close(startup.ending(kind, error, stop), (state.step, state.tokens)))
     info, throughput = start_report(cfg, dataset, state, dtype, chosen_kernels, parallel)
     log.report(info, throughput)
-    notes = [*marker_lines(info, layout), *describe_groups(model, cfg.optim), *notes_on(cfg, state, order), *notes]
+    notes = [*marker_lines(info, layout), *describe_groups(state.model, cfg.optim), *notes_on(cfg, state, order), *notes]
     log.line("\n".join(notes))
-    forward = startup.compile_model(model, cfg, dtype, ranks, log.line)
-    micro_step = startup.build_micro_step(forward, state, cfg, dtype)
-    evaluator = Evaluator(cfg, dataset, dtype, model, forward, ranks, stop, prompt, questions)
+    forward = startup.compile_model(state, cfg, log.line)
+    micro_step = startup.build_micro_step(forward, state, cfg)
+    evaluator = Evaluator(cfg, dataset, dtype, state.model, forward, ranks, stop, prompt, questions)
     store = startup.open_store(cfg, dataset, checkpoint, log, state)
     stack.push(lambda kind, *_: store.close(wait=kind is None or ranks.world_size == 1))  # until everything is on the disk
 
-    # 7. Loop: one step, then whatever is due after it.
+    # 6. Loop: one step, then whatever is due after it.
     ranks.set_timeout(cfg.parallel.step_timeout_s)
     readback, in_latest = ReadBack(ranks.device, ranks.timeout_s), startup.in_latest(cfg, checkpoint, state)
     profiler = stack.enter_context(Profiler(cfg.run, state.run_name, ranks, log.line, readback.restart_clock))

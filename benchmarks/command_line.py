@@ -1,15 +1,26 @@
-"""What the command lines of these programs have in common. Whoever imports it may import the project's modules after it."""
+"""What these programs have in common: their command lines, and a run of train.py's to measure.
+
+Whoever imports this may import the project's modules after it.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configurator import Config, load_config
 from memory import STRATEGIES
 from plan import UNKNOWN_VOCABULARY
+
+if TYPE_CHECKING:  # --help is there before torch is
+    from parallel import Ranks
+    from startup import TrainState
 
 
 def parser_of(description: str | None) -> ArgumentParser:
@@ -57,3 +68,18 @@ def load_model_config(knobs: list[str]) -> Config:
     """train.py's, for random tokens: a vocabulary left to the dataset counts as --plan's. Raises UserError as it does."""
     cfg = load_config(knobs)
     return cfg if cfg.model.vocab_size else load_config([*knobs, f"--vocab_size={UNKNOWN_VOCABULARY}"])
+
+
+def fresh_state(cfg: Config, ranks: Ranks, say: Callable[[str], object]) -> tuple[Config, TrainState]:
+    """(cfg as these ranks settle it, what train.py would begin with). A collective; `say` gets lines on FP8."""
+    from fp8 import choose_fp8
+    from precision import choose_dtype
+    from sharding import choose_layout
+    from startup import build_state, choose_kernels
+
+    dtype, (ops, _) = choose_dtype(cfg.run.dtype, ranks.device), choose_kernels(cfg, ranks.device)
+    cfg, fp8, notes = choose_fp8(cfg, ranks, dtype, ops)
+    for line in notes:
+        say(line)
+    cfg, layout, _ = choose_layout(cfg, ranks, dtype)
+    return cfg, build_state(cfg, ops, layout, fp8)

@@ -73,6 +73,7 @@ def settings_of(recipes: list[str], knobs: list[str], emulate: list[str]) -> dic
 
     from fp8 import choose_fp8
     from kernels import REFERENCE
+    from parallel import Ranks
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not emulate:
@@ -83,7 +84,7 @@ def settings_of(recipes: list[str], knobs: list[str], emulate: list[str]) -> dic
         if recipe in settings or not all(knob.startswith("--fp8_") for knob in own.split()):
             raise UserError(f"--recipes {recipe}: once each, and behind the colon knobs of FP8, as in delayed:--fp8_margin=1")
         settings[recipe] = ["--use_fp8", "--fp8_required", *emulate, f"--fp8_recipe={name}", *own.split()]
-        choose_fp8(load_config([*knobs, *settings[recipe]]), device, torch.bfloat16, REFERENCE)
+        choose_fp8(load_config([*knobs, *settings[recipe]]), Ranks(0, 1, device), torch.bfloat16, REFERENCE)
     return settings
 
 

@@ -30,60 +30,51 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from command_line import load_model_config, output_file, parser_of, positive_int, positive_ints, strategies, with_strategy
+from command_line import (
+    fresh_state,
+    load_model_config,
+    output_file,
+    parser_of,
+    positive_int,
+    positive_ints,
+    strategies,
+    with_strategy,
+)
 
 from configurator import Config, UserError, run_command
 
 WARMUP_STEPS = 3
 GIB = 2**30
+MEMORY = ("peak", "parameters", "gradients", "optimizer", "activations_and_rest")
 
 
 def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bool, say: Callable[[str], None]) -> dict[str, Any]:
     """Step times and memory of one setting, on every rank of a launch; the figures are rank 0's, `say` gets its notes."""
     import torch
 
-    import kernels
-    from fp8 import choose_fp8
-    from model import build_model
-    from optim import build_optimizer, update
-    from precision import LossScale, choose_dtype
-    from sharding import choose_layout, put_rows
-    from startup import TrainState, build_micro_step, compile_model
+    from optim import update
+    from startup import build_micro_step, compile_model
 
     device, on_gpu = ranks.device, ranks.device.type == "cuda"
-    dtype, ops = choose_dtype(cfg.run.dtype, device), kernels.choose(vars(cfg.kernels), device.type)[0]
-
-    def allocated() -> int:
-        return torch.cuda.memory_allocated() if on_gpu else 0
-
-    start_bytes = allocated()
-    cfg, layout, _ = choose_layout(cfg, ranks, dtype)
-    fp8, notes = choose_fp8(cfg, device, dtype, ops, ranks.world_size)
-    for line in notes:
-        say(line)
-    model = build_model(cfg.model, device, cfg.run.seed, ops, lambda model: layout.shard(fp8.convert(model)), put_rows)
-    layout.attach(model)
-    fp8.attach(device, ranks.table, layout.rows, layout.weights_arrive)
-    counted_bytes = allocated() - start_bytes
-    parameter_bytes = counted_bytes + layout.uncounted_bytes  # with what the exchange keeps for itself
-    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
-    optimizer_bytes = allocated() - start_bytes - counted_bytes
-    state = TrainState(model, layout, optimizer, LossScale(dtype, device), fp8, ranks, run_name="")
-    micro_step = build_micro_step(compile_model(model, cfg, dtype, ranks, lambda line: None), state, cfg, dtype)
-    gradient_bytes, loss = 0, torch.zeros(())
+    start_bytes = torch.cuda.memory_allocated() if on_gpu else 0
+    cfg, state = fresh_state(cfg, ranks, say)
+    split = held_bytes(state, start_bytes) if on_gpu else {}
+    micro_step = build_micro_step(compile_model(state, cfg, say), state, cfg)
+    loss = torch.zeros(())
     idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
 
     def step() -> None:
-        nonlocal gradient_bytes, loss
-        fp8.begin_step()
+        nonlocal loss
+        state.fp8.begin_step()
         for number in range(1, micro_steps + 1):
-            layout.begin(number, micro_steps)
+            state.layout.begin(number, micro_steps)
             loss = micro_step(idx[0], idx[1])
-        gradients = layout.gradients()
-        gradient_bytes = gradient_bytes or layout.gradient_bytes()
-        done = update(optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
-        fp8.finish_step(done.overflow)
-        layout.finish()
+        gradients = state.layout.gradients()
+        if on_gpu and "gradients" not in split:
+            split["gradients"] = state.layout.gradient_bytes()
+        done = update(state.optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
+        state.fp8.finish_step(done.overflow)
+        state.layout.finish()
 
     if on_gpu:  # before the first steps: what a CUDA graph has set aside for itself no later step allocates
         torch.cuda.reset_peak_memory_stats()
@@ -92,16 +83,23 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     times_ms = step_times_ms(step, n_steps, device)
     if not torch.isfinite(loss):
         raise UserError(f"the loss has become {loss.item()}: what takes no time with such numbers means nothing")
-    peak_bytes = torch.cuda.max_memory_allocated() - start_bytes + layout.uncounted_bytes if on_gpu else 0
-    split = {"parameters": parameter_bytes, "gradients": gradient_bytes, "optimizer": optimizer_bytes}
+    peak_bytes = torch.cuda.max_memory_allocated() - start_bytes + state.layout.uncounted_bytes if on_gpu else 0
+    split |= {"peak": peak_bytes, "activations_and_rest": peak_bytes - sum(split.values())} if on_gpu else {}
     return {
         "step_ms": round(statistics.median(times_ms), 3),
         "steps_ms": [round(ms, 2) for ms in times_ms],
-        "peak_gib": round(peak_bytes / GIB, 3),
-        **{f"{name}_gib": round(size / GIB, 3) for name, size in split.items()},
-        "activations_and_rest_gib": round((peak_bytes - sum(split.values())) / GIB, 3),
+        **{f"{name}_gib": round(split[name] / GIB, 3) if on_gpu else None for name in MEMORY},
         "exposed_communication_ms": exposed_ms(step) if profile and on_gpu and ranks.world_size > 1 else None,
     }
+
+
+def held_bytes(state: Any, start_bytes: int) -> dict[str, int]:
+    """Of a GPU's memory before the first step: AdamW's state, and the rest, with what the exchange keeps for itself."""
+    import torch
+
+    optimizer = sum(tensor.nbytes for tensors in state.optimizer.state.values() for tensor in tensors.values())
+    parameters = torch.cuda.memory_allocated() - start_bytes - optimizer + state.layout.uncounted_bytes
+    return {"parameters": parameters, "optimizer": optimizer}
 
 
 def step_times_ms(step: Callable[[], None], n_steps: int, device: Any) -> list[float]:
@@ -182,8 +180,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     def shown(value: Any) -> str:
         return "-" if value is None else str(value)
 
-    columns = "ranks strategy micro_steps step_ms tokens_per_s_per_rank efficiency of_slowest peak_gib parameters_gib".split()
-    columns += "gradients_gib optimizer_gib activations_and_rest_gib exposed_communication_ms".split()
+    columns = "ranks strategy micro_steps step_ms tokens_per_s_per_rank efficiency of_slowest".split()
+    columns += [*(f"{name}_gib" for name in MEMORY), "exposed_communication_ms"]
     widths = [max(len(name), *(len(shown(row[name])) for row in rows)) for name in columns]
     for line in (dict(zip(columns, columns, strict=True)), *rows):
         print("  ".join(shown(line[name]).rjust(width) for name, width in zip(columns, widths, strict=True)))

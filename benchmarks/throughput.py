@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from command_line import load_model_config, output_file, parser_of
+from command_line import fresh_state, load_model_config, output_file, parser_of, with_strategy
 
 from configurator import Config, UserError, run_command
 
@@ -40,44 +40,21 @@ Step = Callable[[Any, Any], Any]  # idx, targets (B, T) int64 each -> the loss
 def nanotrain(cfg: Config, _: str) -> Step:
     import torch
 
-    import kernels
-    from fp8 import choose_fp8
-    from micro_step import GraphedMicroStep
-    from model import build_model
-    from optim import build_optimizer, update
+    from optim import update
     from parallel import Ranks
-    from precision import LossScale, autocast
-    from sharding import Layout
+    from startup import build_micro_step, compile_model
 
-    device = torch.device("cuda", 0)
-    ops = kernels.choose(vars(cfg.kernels), "cuda")[0]
-    fp8, notes = choose_fp8(cfg, device, torch.bfloat16, ops)
-    print(*notes, sep="\n")
-    model = build_model(cfg.model, device, cfg.run.seed, ops, fp8.convert)
-    layout = Layout(Ranks(0, 1, device), cfg.parallel, torch.bfloat16)
-    layout.attach(model)
-    fp8.attach(device, lambda figures, _: figures[None], layout.rows)
-    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
-    scale = LossScale(torch.bfloat16, device)
-    forward = torch.compile(model)
-
-    def micro_step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with autocast(device, torch.bfloat16):
-            loss = forward(idx, targets)
-        (loss * scale.scale).backward()
-        return loss.detach()
-
-    batch = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
-    micro_step(*batch)  # compiles
-    model.zero_grad(set_to_none=True)
-    graphed = GraphedMicroStep(micro_step, model.parameters()) if cfg.run.cuda_graph else micro_step
+    one = with_strategy(cfg, n_ranks=1, strategy="auto", micro_steps=1)
+    cfg, state = fresh_state(one, Ranks(0, 1, torch.device("cuda", 0)), print)
+    micro_step = build_micro_step(compile_model(state, cfg, print), state, cfg)
 
     def step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        fp8.begin_step()
-        layout.begin(1, micro_steps=1)
-        loss = graphed(idx, targets)
-        done = update(optimizer, cfg.optim, cfg.optim.learning_rate, scale.scale, False, layout.gradients())
-        fp8.finish_step(done.overflow)
+        state.fp8.begin_step()
+        state.layout.begin(1, micro_steps=1)
+        loss = micro_step(idx, targets)
+        gradients = state.layout.gradients()
+        done = update(state.optimizer, cfg.optim, cfg.optim.learning_rate, state.loss_scale.scale, False, gradients)
+        state.fp8.finish_step(done.overflow)
         return loss
 
     return step

@@ -32,12 +32,11 @@ def bare_loop(argv: list[str]) -> list[float]:
 
     import kernels
     from data.tokens import load_dataset
-    from model import build_model
-    from optim import build_optimizer
+    from fp8 import Fp8
     from parallel import Ranks, start_ranks
     from precision import autocast, choose_dtype
     from sharding import Layout
-    from startup import with_vocabulary
+    from startup import build_state, with_vocabulary
 
     cfg = load_config(argv)
     cfg = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))
@@ -45,11 +44,9 @@ def bare_loop(argv: list[str]) -> list[float]:
         device = start_ranks(cfg.run, cfg.parallel, stack).device
     dtype = choose_dtype(cfg.run.dtype, device)
     ops = kernels.choose(vars(cfg.kernels), device.type)[0]
-    model = build_model(cfg.model, device, cfg.run.seed, ops)
-    layout = Layout(Ranks(0, 1, device), cfg.parallel, dtype)  # the same model: what it is made of is no overhead
-    layout.attach(model)
-    optimizer = build_optimizer(layout.rows.values(), cfg.optim, ops.AdamW, layout.rounded)
-    forward = torch.compile(model) if cfg.run.compile else model
+    layout = Layout(Ranks(0, 1, device), cfg.parallel, dtype)
+    state = build_state(cfg, ops, layout, Fp8(cfg.fp8))  # the same model: what it is made of is no overhead
+    forward = torch.compile(state.model) if cfg.run.compile else state.model
     batch = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
     instants = []
     for _ in range(cfg.optim.max_iters):
@@ -57,8 +54,8 @@ def bare_loop(argv: list[str]) -> list[float]:
             loss = forward(batch[0], batch[1])
         loss.backward()
         layout.gradients()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             instants.append(torch.cuda.Event(enable_timing=True))
             instants[-1].record()

@@ -21,6 +21,7 @@ from sharding import Layout
 from tiny_runs import Runs
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 LAST = torch.tensor([-1])
 FINITE, OVERFLOW = torch.zeros(()), torch.ones(())
 SHAPE = dict(n_layer=2, n_head=2, n_embd=128, block_size=64, vocab_size=64, d_ff=256, ffn_type="swiglu")
@@ -58,7 +59,7 @@ def build(recipe: str = "delayed", less_memory: bool = False, **knobs: object) -
         data=DataConfig(batch_size=2, gradient_accumulation_steps=1),
         fp8=Fp8Config(use_fp8=True, fp8_emulate=True, fp8_recipe=recipe, fp8_less_memory=less_memory),
     )
-    fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE)
+    _, fp8, _ = choose_fp8(cfg, ALONE, torch.float32, REFERENCE)
     model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
     fp8.attach(CPU, table, rows_of(model))
     backward(model)
@@ -203,9 +204,9 @@ def test_evaluation_is_in_full_precision() -> None:
 
 def test_where_masters_are_rounded_a_matrix_is_only_there_for_its_gradient() -> None:
     cfg = Config(model=ModelConfig(**SHAPE), fp8=Fp8Config(use_fp8=True, fp8_emulate=True))
-    fp8, _ = choose_fp8(cfg, CPU, torch.bfloat16, REFERENCE)
+    _, fp8, _ = choose_fp8(cfg, ALONE, torch.bfloat16, REFERENCE)
     model, exact = (build_model(cfg.model, CPU, 1, REFERENCE, change) for change in (fp8.convert, lambda model: model))
-    layout = Layout(Ranks(0, 1, CPU), cfg.parallel, torch.bfloat16)
+    layout = Layout(ALONE, cfg.parallel, torch.bfloat16)
     layout.attach(model)
     fp8.attach(CPU, table, layout.rows)
     layout.begin(1, 1)
@@ -279,7 +280,8 @@ def test_delayed_scales_follow_the_largest_of_the_last_steps() -> None:
     assert dy == (*(57344 / 448 * scale for scale in x[:6]), first_dy)
 
 
-def test_the_first_gradients_are_of_a_ranks_micro_steps() -> None:
+def test_the_first_gradients_are_of_a_ranks_micro_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "all_of", lambda ranks, value: [value] * ranks.world_size)
     scales = []
     for n_ranks in (1, 4):
         cfg = Config(
@@ -287,7 +289,7 @@ def test_the_first_gradients_are_of_a_ranks_micro_steps() -> None:
             data=DataConfig(batch_size=2, gradient_accumulation_steps=8),
             fp8=Fp8Config(use_fp8=True, fp8_emulate=True),
         )
-        fp8, _ = choose_fp8(cfg, CPU, torch.float32, REFERENCE, n_ranks)
+        _, fp8, _ = choose_fp8(cfg, Ranks(0, n_ranks, CPU), torch.float32, REFERENCE)
         model = build_model(cfg.model, CPU, 1, REFERENCE, fp8.convert)
         fp8.attach(CPU, table, rows_of(model))
         scales.append(fp8.linears[0].own.scale_dy.item())
@@ -368,10 +370,18 @@ def test_shares_are_named_and_warned_of() -> None:
 )
 def test_why_not(flags: tuple[str, ...], reason: str) -> None:
     given = ["--use_fp8", "--n_embd=64", "--n_head=2", "--block_size=64", "--device=cpu", *flags]
-    fp8, lines = choose_fp8(load_config(given), CPU, torch.bfloat16, REFERENCE)
-    assert not fp8.active and "FP8 is left out, and products run in bfloat16" in lines[0] and reason in lines[0]
+    cfg, fp8, lines = choose_fp8(load_config(given), ALONE, torch.bfloat16, REFERENCE)
+    assert not fp8.active and not cfg.fp8.use_fp8
+    assert "FP8 is left out, and products run in bfloat16" in lines[0] and reason in lines[0]
     with pytest.raises(UserError, match="--fp8_required"):
-        choose_fp8(load_config([*given, "--fp8_required"]), CPU, torch.bfloat16, REFERENCE)
+        choose_fp8(load_config([*given, "--fp8_required"]), ALONE, torch.bfloat16, REFERENCE)
+
+
+def test_ranks_of_which_one_cannot_leave_it_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(["--use_fp8", "--fp8_emulate", "--n_embd=64", "--n_head=2", "--block_size=64"])
+    monkeypatch.setattr(Ranks, "all_of", lambda ranks, value: [value, "its GPU is too old"])
+    chosen, fp8, (line,) = choose_fp8(cfg, Ranks(0, 2, CPU), torch.bfloat16, REFERENCE)
+    assert not fp8.active and not chosen.fp8.use_fp8 and line.endswith("its GPU is too old")
 
 
 @pytest.mark.parametrize(
@@ -544,6 +554,7 @@ def test_two_ranks_train_as_one(runs: Runs, parallel: str, dtype: str) -> None:
 
 
 def test_the_config_of_a_run_without_fp8_does_nothing() -> None:
-    fp8, lines = choose_fp8(Config(), CPU, torch.float32, REFERENCE)
+    cfg, fp8, lines = choose_fp8(Config(), ALONE, torch.float32, REFERENCE)
     model = Transformer(dataclasses.replace(ModelConfig(**SHAPE)))
-    assert lines == [] and fp8.convert(model) is model and fp8.tensors() == {} and len(fp8.finish_step(FINITE)) == 0
+    assert cfg == Config() and lines == []
+    assert fp8.convert(model) is model and fp8.tensors() == {} and len(fp8.finish_step(FINITE)) == 0

@@ -18,7 +18,7 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 
 # Which of our modules each module may import. What is not in the table is not part of the architecture yet.
 MAY_IMPORT = {
-    "train": """startup checkpoint configurator data evaluation flops fp8 micro_step model optim parallel plan precision
+    "train": """startup checkpoint configurator data evaluation flops fp8 micro_step optim parallel plan precision
         profiling sharding start_report training_logger""",
     "start_report": "checkpoint configurator data flops parallel plan precision sharding startup training_logger",
     "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel
@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "micro_step": "",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
-    "fp8": "configurator flops kernels precision",
+    "fp8": "configurator flops kernels parallel precision",
     "sharding": "configurator exchange memory optim parallel precision",
     "exchange": "configurator parallel",
     "parallel": "configurator",

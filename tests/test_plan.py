@@ -18,6 +18,7 @@ from configurator import ROOT, UserError, load_config
 from fp8 import choose_fp8
 from kernels import REFERENCE
 from memory import GIB, predict_memory, settled
+from parallel import Ranks
 from tiny_runs import Runs, write_dataset
 
 LLAMA = ["config/full_llama_1.36b.py", "--gpu=H200"]
@@ -218,7 +219,7 @@ def test_what_keeps_a_plan_from_fp8_keeps_a_run_from_it(knobs):
     with pytest.raises(UserError) as planned_error:
         plan.plan_text(cfg)
     with pytest.raises(UserError, match=f"^{re.escape(str(planned_error.value))}$"):
-        choose_fp8(cfg, torch.device("cpu"), torch.bfloat16, REFERENCE)
+        choose_fp8(cfg, Ranks(0, 1, torch.device("cpu")), torch.bfloat16, REFERENCE)
 
 
 @pytest.mark.parametrize(

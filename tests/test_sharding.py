@@ -477,8 +477,8 @@ def test_auto_chooses_for_the_smallest_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen[0] == chosen[1] and f"of {0.92 * 40:.1f} usable GiB" in chosen[0]
 
 
-def test_auto_plans_without_fp8_that_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """zero1 with FP8 needs a second copy of the weights, which fsdp has room for."""
+def test_auto_plans_with_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zero1 with it needs a second copy of the weights, which fsdp has room for."""
     cfg = load_config(["config/full_llama_1.36b.py", "--vocab_size=32000", "--use_fp8"])
     needed = predict_memory(replace(cfg, fp8=Fp8Config()), "bfloat16", "zero1", 2).peak / USABLE
     monkeypatch.setattr(Ranks, "all_of", lambda ranks, value: [value, value])
@@ -486,10 +486,8 @@ def test_auto_plans_without_fp8_that_does_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr("sharding.choose_exchange", lambda *args, **kwargs: ("copies", ""))
     ranks, names = Ranks(0, 2, torch.device("cuda")), []
-    for fp8_runs in (False, True):
-        settled_cfg, layout, _ = choose_layout(cfg, ranks, torch.bfloat16, fp8_runs)
-        assert settled_cfg.fp8.use_fp8
-        names.append(layout.name)
+    for fp8 in (Fp8Config(), cfg.fp8):
+        names.append(choose_layout(replace(cfg, fp8=fp8), ranks, torch.bfloat16)[1].name)
     assert names == ["zero1", "fsdp"]
 
 

@@ -17,12 +17,14 @@ from configurator import load_config
 from data.loader import SampleOrder
 from data.tokens import load_dataset
 from flops import flops_per_token
+from fp8 import Fp8
 from hf_convert import export_model
+from kernels import REFERENCE
 from memory import settled
-from model import build_model
 from parallel import Ranks
 from pretrained import open_pretrained
 from run_file import StepRecord, step_record
+from sharding import Layout
 from tiny_runs import Runs
 
 
@@ -132,6 +134,7 @@ def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
     [
         ("--fp8_recipe=current --fp8_margin=1", ["--fp8_recipe is of FP8", "--fp8_margin is of FP8"]),
         ("--use_fp8 --fp8_recipe=current --fp8_margin=1", []),
+        ("--use_fp8=False --fp8_recipe=current", []),
         ("--use_fp8 --fp8_recipe=current --fp8_history=4", ["--fp8_history does nothing with fp8_recipe=current"]),
         ("--use_fp8 --fp8_recipe=block --fp8_margin=1", ["--fp8_margin does nothing with fp8_recipe=block"]),
         ("--use_fp8 --fp8_less_memory", ["--fp8_less_memory saves the transposed weights alone"]),
@@ -168,5 +171,6 @@ def test_no_measurement_decides_how_a_deterministic_run_adds_up(deterministic: b
     sizes = "--n_layer=1 --n_head=1 --n_embd=16 --block_size=16 --vocab_size=32 --batch_size=1".split()
     cfg, cpu = load_config([*sizes, "--compile=True", f"--deterministic={deterministic}"]), torch.device("cpu")
     with inductor.patch(deterministic=False):
-        startup.compile_model(build_model(cfg.model, cpu, 1), cfg, torch.float32, Ranks(0, 1, cpu), print)
+        layout = Layout(Ranks(0, 1, cpu), cfg.parallel, torch.float32)
+        startup.compile_model(startup.build_state(cfg, REFERENCE, layout, Fp8(cfg.fp8)), cfg, print)
         assert inductor.deterministic == deterministic
