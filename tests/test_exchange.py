@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,13 +20,16 @@ import exchange
 import kernels
 import parallel
 import sharding
-from configurator import UserError, load_config
+from configurator import ROOT, UserError, load_config
 from exchange import Collectives, Copies, all_gather_single, own_rows, share_of
+from flops import count_parameters
+from memory import GIB, predict_memory, ring_bytes, settled
 from parallel import Ranks, start_ranks
 from tiny_runs import Main, Runs
 
 # As in test_sharding.py: four ranks cannot share 27 rows evenly.
 SHAPE = "--gradient_accumulation_steps=4 --n_layer=2 --n_head=3 --n_embd=48 --vocab_size=27".split()
+LLAMA = "--normalization=rmsnorm --ffn_type=swiglu --position_encoding=rope --weight_tying=False --bias=False".split()
 SHAPES = [(27, 48), (48, 5), (3, 7), (1, 1), (200, 33)]
 
 
@@ -82,10 +87,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory):
 
 
 def run_copies(
-    runs: Runs, n: int, out_dir: str, *flags: str, main: Main | None = None, become: Callable[[], None] = copy_in_memory
+    runs: Runs,
+    n: int,
+    out_dir: str,
+    *flags: str,
+    main: Main | None = None,
+    become: Callable[[], None] = copy_in_memory,
+    timeout_s: float = 120,
 ) -> str:
     processes = runs.start_ranks(n, out_dir, *flags, prepare=[become] * n, main=main)
-    codes = [process.wait(120) for process in processes]
+    codes = [process.wait(timeout_s) for process in processes]
     output = "".join(process.output for process in processes)
     assert codes == [0] * n, output
     return output
@@ -216,6 +227,44 @@ def test_eight_ranks_that_share_gpus(runs: Runs) -> None:
             assert list(runs.losses(name).values()) == pytest.approx(expected, rel=tolerance)
         ddp, zero1 = runs.tensors(f"eight-{dtype}-ddp"), runs.tensors(f"eight-{dtype}-zero1")
         assert all(torch.equal(ddp[key], zero1[key]) for key in ddp)
+
+
+def measure_memory(argv: list[str]) -> None:
+    """On every rank: what benchmarks/scaling.py measures."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from scaling import measure
+
+    with ExitStack() as stack:
+        cfg = load_config(argv)
+        ranks = start_ranks(cfg.run, cfg.parallel, stack)
+        row = measure(cfg, ranks, micro_steps=1, n_steps=2, profile=False, say=lambda line: None)
+        if ranks.is_main:
+            print("measured", json.dumps(row))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs GPUs")
+def test_memory_of_eight_ranks_that_share_gpus(runs: Runs) -> None:
+    """LLaMA 1.29 B, one sequence a rank: each rank has its own shares, whosever the GPU is."""
+    if sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count())) < 220 * GIB:
+        pytest.skip("needs GPUs of 220 GiB together")
+    model = "--n_layer=18 --n_head=18 --n_embd=2304 --d_ff=6144 --block_size=2048 --vocab_size=32000 --batch_size=1".split()
+    flags = [*model, *LLAMA, "--gradient_accumulation_steps=8", "--device=cuda", "--dtype=bfloat16", "--compile=True"]
+    rows, peaks = {}, {}
+    for strategy, *more in (["ddp"], ["zero1"], ["fsdp"], ["fsdp", "--fsdp_reshard_after_forward"]):
+        own, name = [*flags, f"--parallel={strategy}", *more], " ".join([strategy, *more])
+        output = run_copies(runs, 8, name, *own, main=measure_memory, become=share_gpus, timeout_s=300)
+        rows[name] = json.loads(re.search("measured (.*)", output)[1])
+        cfg = settled(load_config(runs.argv(name, *own)), "bfloat16", 8, 140.0)
+        use = predict_memory(cfg, "bfloat16", strategy, 8)
+        print(name, rows[name], f"predicted {use.peak / GIB:.2f}")
+        peaks[name] = rows[name]["peak_gib"] / (use.peak / GIB)
+    gib = count_parameters(cfg.model).total / GIB
+    ring = ring_bytes(cfg, "fsdp", 8) / GIB
+    assert rows["zero1"]["optimizer_gib"] == pytest.approx(8 * gib / 8, rel=0.02)
+    held = sum(rows["fsdp"][f"{name}_gib"] for name in ("parameters", "gradients", "optimizer"))
+    assert held - ring == pytest.approx(16 * gib / 8, rel=0.02)
+    assert rows["fsdp"]["peak_gib"] < 0.40 * rows["ddp"]["peak_gib"]
+    assert all(0.9 < peak < 1.05 for peak in peaks.values()), peaks
 
 
 class Alone(Ranks):
