@@ -216,7 +216,7 @@ class Fp8:
     blocks: list[nn.Module] = field(default_factory=list)  # those that have such products
     linears: list[Fp8Linear] = field(default_factory=list)
     micro_steps: int = 1  # of a rank; its loss is divided by them
-    history: Tensor = field(default_factory=lambda: torch.empty(0))  # (fp8_history, L, 3) amax by CLASSES, undivided
+    history: Tensor = field(default_factory=lambda: torch.empty(0))  # delayed: (fp8_history, L, 3) amax by CLASSES, undivided
 
     @property
     def active(self) -> bool:
@@ -246,7 +246,8 @@ class Fp8:
         """
         self._table, self._arrive = table, arrive
         self._weights = [rows[linear.weight] for linear in self.linears]
-        self.history = torch.zeros(self.cfg.fp8_history, len(self.linears), len(CLASSES), device=device)
+        n_steps = self.cfg.fp8_history if self.cfg.fp8_recipe == "delayed" else 0
+        self.history = torch.zeros(n_steps, len(self.linears), len(CLASSES), device=device)
         for linear, rows_of_weight in zip(self.linears, self._weights, strict=True):
             linear.attach(self.arithmetic, self.first_scales, device, rows_of_weight.detach() if arrive == "never" else None)
         for block in self.blocks if arrive == "once" else ():
@@ -303,9 +304,9 @@ class Fp8:
         rows = self._table(torch.cat((amax, counts.flatten())), [])
         amax = rows[:, : len(amax)].amax(0).view(-1, 3)
         counts = rows[:, amax.numel() :].sum(0).view(3, 3)
-        amax[:, CLASSES.index("gradients")] *= self.micro_steps
-        self.history.copy_(torch.where(overflow > 0, self.history, torch.cat((amax[None], self.history[:-1]))))
         if self.cfg.fp8_recipe == "delayed":
+            amax[:, CLASSES.index("gradients")] *= self.micro_steps
+            self.history.copy_(torch.where(overflow > 0, self.history, torch.cat((amax[None], self.history[:-1]))))
             self._set_delayed_scales()
         return counts[:, :2] / counts[:, 2:].clamp(min=1)
 
