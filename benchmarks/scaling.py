@@ -207,38 +207,40 @@ def main() -> int:
     if args.rows:
         run_ranks(args, cfg)
         return 0
-    rows: list[dict[str, Any]] = []
-    failed = False
-    flags = [f"--strategies={','.join(args.strategies)}", f"--micro_steps={','.join(map(str, args.micro_steps))}"]
-    flags.append(f"--steps={args.steps}")
-    numbers = args.ranks
     on_gpu = cfg.run.device != "cpu"
     visible = visible_gpus() if on_gpu else []
-    if on_gpu and len(visible) < max(numbers):
+    if on_gpu and len(visible) < max(args.ranks):
         raise UserError(
-            f"{max(numbers)} ranks need as many GPUs, and this machine has {len(visible)}; "
+            f"{max(args.ranks)} ranks need as many GPUs, and this machine has {len(visible)}; "
             "--device=cpu tries the script, with a small model"
         )
-    own = [__file__, *flags, *([] if args.profile else ["--no_profile"]), *knobs]
-    with tempfile.TemporaryDirectory() as folder:
-        for n in numbers:
-            launches = []
-            for gpu in range(max(numbers) if n == 1 and on_gpu else 1):
-                path = Path(folder, f"{n}-{gpu}.json")
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-                environment = os.environ | ({"CUDA_VISIBLE_DEVICES": visible[gpu]} if n == 1 and on_gpu else {})
-                launches.append((path, subprocess.Popen([*command, *own, f"--rows={path}"], env=environment)))
-            for path, process in launches:
-                if process.wait():
-                    print(f"a launch of {n} ranks ended with exit code {process.returncode}: see above", file=sys.stderr)
-                    failed = True
-                rows += json.loads(path.read_text()) if path.exists() else []  # what was measured before a failure counts
+    flags = [f"--strategies={','.join(args.strategies)}", f"--micro_steps={','.join(map(str, args.micro_steps))}"]
+    own = [__file__, *flags, f"--steps={args.steps}", *([] if args.profile else ["--no_profile"]), *knobs]
+    rows, failed = [], False
+    for n in args.ranks:
+        measured, codes = launch(n, own, visible[: max(args.ranks)] if n == 1 else [])
+        rows += measured  # what was measured before a failure counts
+        for code in filter(None, codes):
+            print(f"a launch of {n} ranks ended with exit code {code}: see above", file=sys.stderr)
+            failed = True
     add_rates(rows, cfg)
     if rows:
         report(rows)
     if rows and args.json:
         args.json.write_text(json.dumps({"config": cfg.model.architecture, "rows": rows}, indent=1) + "\n")
     return int(failed)
+
+
+def launch(n_ranks: int, program: list[str], gpus: list[str]) -> tuple[list[dict[str, Any]], list[int]]:
+    """(the figures, the exit codes) of torchrun: one launch, or one on each of these GPUs by itself, all at the same time."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}", *program]
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for number, own in enumerate([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}]):
+            path = Path(folder, f"{number}.json")
+            started.append((path, subprocess.Popen([*command, f"--rows={path}"], env=os.environ | own)))
+        codes = [process.wait() for _, process in started]
+        return [row for path, _ in started if path.exists() for row in json.loads(path.read_text())], codes
 
 
 def visible_gpus() -> list[str]:
