@@ -149,6 +149,7 @@ def peak_tflops(device_name: str, dtype: Precision) -> float | None:
 # FP8
 # ---------------------------------------------------------------------------------------------------------------------
 
+FP8_LEFT_OUT = "left out"  # where the value of such a knob comes from
 FP8_SIDES = {"delayed": 16, "current": 16, "block": 128}  # by recipe: what cuBLAS wants a product's sides to be multiples of
 
 
@@ -185,8 +186,9 @@ def without_fp8(cfg: Config, dtype: str, reason: str) -> tuple[Config, str]:
     """(the configuration of a run that goes on in `dtype`, the line that says so). Raises UserError where FP8 is required."""
     if cfg.fp8.fp8_required:
         raise UserError(f"--fp8_required: {reason}")
-    fp8 = replace(cfg.fp8, use_fp8=False, fp8_emulate=False, fp8_less_memory=False)
-    return replace(cfg, fp8=fp8), f"FP8 is left out, and products run in {dtype}: {reason}"
+    without = {name: False for name in ("use_fp8", "fp8_emulate", "fp8_less_memory") if vars(cfg.fp8)[name]}
+    cfg = replace(cfg, fp8=replace(cfg.fp8, **without), origins=cfg.origins | dict.fromkeys(without, FP8_LEFT_OUT))
+    return cfg, f"FP8 is left out, and products run in {dtype}: {reason}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from checkpoint import most_copies
 from configurator import Config
 from data.loader import SampleOrder
 from data.tokens import Dataset
-from flops import checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
+from flops import FP8_LEFT_OUT, checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
 from parallel import device_name
 from plan import LAW, start_section, three_digits
 from precision import dtype_name
@@ -174,9 +174,11 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
 
 def idle_fp8_knobs(cfg: Config) -> Iterator[str]:
     fp8, m = cfg.fp8, cfg.model
+    if cfg.origins.get("use_fp8") == FP8_LEFT_OUT:  # a line has said so
+        return
     recipes = {"fp8_history": ("delayed",), "fp8_margin": ("delayed", "current")}  # that use it
     for name in filter(cfg.is_given, ("fp8_recipe", "fp8_warn_percent", *recipes)):
-        if not fp8.use_fp8 and not cfg.is_given("use_fp8"):  # where it was left out a line has said why
+        if not fp8.use_fp8:
             yield f"--{name} is of FP8, which --use_fp8 asks for"
         elif fp8.fp8_recipe not in recipes.get(name, [fp8.fp8_recipe]):
             yield f"--{name} does nothing with fp8_recipe={fp8.fp8_recipe}"

@@ -118,7 +118,8 @@ def step_times_ms(step: Callable[[], None], n_steps: int, device: Any) -> list[f
 def exposed_ms(step: Callable[[], None], n_steps: int = 5) -> float:
     """Milliseconds a step in which NCCL's kernels or copies run and no kernel that computes does, the mean of some steps.
 
-    What the last one leaves behind it does not count: in training the next forward pass hides it.
+    NCCL's kernels wait, for vectors and the gradient's norm, and so for the slower rank; averages by a kernel of ours compute.
+    What the last step leaves behind it does not count: in training the next forward pass hides it.
     """
     import torch
 
@@ -129,15 +130,20 @@ def exposed_ms(step: Callable[[], None], n_steps: int = 5) -> float:
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     spans = [(e.time_range.start, e.time_range.end, e.name.startswith(("nccl", "Memcpy PtoP"))) for e in events]
+    return round(exposed_us(spans) / 1e3 / n_steps, 3)
+
+
+def exposed_us(spans: list[tuple[float, float, bool]]) -> float:
+    """Of spans on a GPU (start, end, whether it exchanges): how long only such run, up to the end of the last that computes."""
     edges = sorted([(t, sign, exchanges) for start, end, exchanges in spans for t, sign in ((start, 1), (end, -1))])
-    running, exposed_us, since_us, last_us = {True: 0, False: 0}, 0.0, 0.0, 0.0
+    running, total_us, since_us, last_us = {True: 0, False: 0}, 0.0, 0.0, 0.0
     for now_us, sign, exchanges in edges:
         if running[True] and not running[False]:
             since_us += now_us - last_us
         if running[False]:
-            exposed_us, since_us = exposed_us + since_us, 0.0
+            total_us, since_us = total_us + since_us, 0.0
         running[exchanges], last_us = running[exchanges] + sign, now_us
-    return round(exposed_us / 1e3 / n_steps, 3)
+    return total_us
 
 
 def settings(args: argparse.Namespace, n_ranks: int) -> list[tuple[str, int]]:

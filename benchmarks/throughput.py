@@ -15,6 +15,7 @@ knobs. `--profile` prints where our own step's time goes, kernel by kernel.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -45,6 +46,7 @@ def nanotrain(cfg: Config, _: str) -> Step:
     from startup import build_micro_step, compile_model
 
     one = with_strategy(cfg, n_ranks=1, strategy="auto", micro_steps=1)
+    one = dataclasses.replace(one, run=dataclasses.replace(one.run, dtype="bfloat16", compile=True))  # as the peers
     cfg, state = fresh_state(one, Ranks(0, 1, torch.device("cuda", 0)), print)
     micro_step = build_micro_step(compile_model(state, cfg, print), state, cfg)
 

@@ -44,6 +44,16 @@ def test_scaling(tmp_path: Path) -> None:
     rows = json.loads(figures.read_text())["rows"]
     assert [(row["ranks"], row["strategy"]) for row in rows] == [(1, "alone"), (2, "ddp"), (2, "zero1"), (2, "fsdp")]
     assert rows[0]["efficiency"] == 1 and all(row["of_slowest"] > 0 for row in rows)
+    assert all(row[name] is None for row in rows for name in row if name.endswith("_gib"))  # not measured on a CPU
+
+
+def test_what_is_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    exposed_us = importlib.import_module("scaling").exposed_us
+    products = [(0.0, 10.0, False), (12.0, 20.0, False), (30.0, 31.0, False)]
+    assert exposed_us([*products, (2.0, 9.0, True)]) == 0
+    assert exposed_us([*products, (8.0, 14.0, True), (9.0, 11.0, True)]) == 2
+    assert exposed_us([*products, (22.0, 25.0, True), (24.0, 26.0, True), (31.0, 99.0, True)]) == 4
 
 
 @pytest.mark.parametrize(

@@ -421,7 +421,12 @@ def test_impossible_flags(flags: str, answer: str) -> None:
 
 
 def test_a_run_says_why_and_goes_on(runs: Runs) -> None:
-    assert "FP8 is left out, and products run in float32: a CPU has no" in runs.run("out", "--use_fp8", "--max_iters=2")
+    output = runs.run("out", "--use_fp8", "--fp8_less_memory", "--fp8_recipe=current", "--fp8_history=4", "--max_iters=2")
+    assert "FP8 is left out, and products run in float32: a CPU has no" in output and "note: --fp8" not in output
+    config = runs.log("out")["config"]
+    for knob in ("use_fp8", "fp8_less_memory"):
+        assert (config["values"][knob], config["origins"][knob]) == (False, "left out")
+    assert load_config([f"--{knob}={value}" for knob, value in config["values"].items() if knob.startswith("fp8")])
     assert "error: --fp8_required: a CPU has no" in runs.run("b", "--use_fp8", "--fp8_required", exit_code=2)
     assert set(runs.tiers("out")) == {"latest"} and not (runs.folder / "b").exists()
 

@@ -126,6 +126,17 @@ def test_vectors_do_not_decay_and_the_report_says_so():
     ]
 
 
+def test_moments_lie_in_one_piece_of_memory():
+    """Each at a place where a GPU reads fast; a rank may have no rows of a matrix."""
+    tensors = [torch.ones(shape, requires_grad=True) for shape in ((3, 5), (7,), (0, 4), (64,), (2, 2))]
+    optimizer = build_optimizer(tensors, config(), AdamW)
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments = [optimizer.state[p][name] for p in tensors]
+        assert len({moment.untyped_storage().data_ptr() for moment in moments}) == 1
+        assert [moment.storage_offset() for moment in moments] == [0, 64, 128, 128, 192]
+        assert all(moment.shape == p.shape and not moment.any() for moment, p in zip(moments, tensors, strict=True))
+
+
 def test_state_is_there_before_the_first_step():
     net = Net()
     names = {f"optim.{p}.{key}" for p in ("matrix", "vector") for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -134,7 +134,7 @@ def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
     [
         ("--fp8_recipe=current --fp8_margin=1", ["--fp8_recipe is of FP8", "--fp8_margin is of FP8"]),
         ("--use_fp8 --fp8_recipe=current --fp8_margin=1", []),
-        ("--use_fp8=False --fp8_recipe=current", []),
+        ("--use_fp8=False --fp8_recipe=current", ["--fp8_recipe is of FP8"]),
         ("--use_fp8 --fp8_recipe=current --fp8_history=4", ["--fp8_history does nothing with fp8_recipe=current"]),
         ("--use_fp8 --fp8_recipe=block --fp8_margin=1", ["--fp8_margin does nothing with fp8_recipe=block"]),
         ("--use_fp8 --fp8_less_memory", ["--fp8_less_memory saves the transposed weights alone"]),
