@@ -1,4 +1,4 @@
-"""One micro-batch forward and backward: called as it is, or recorded once as a CUDA graph and replayed.
+"""One micro-batch forward and backward: compiled, and called as it is, or recorded once as a CUDA graph and replayed.
 
 A step of a small model is over before the host has launched its thousand kernels, and even between a large model's kernels
 there are gaps. A graph is one launch.
@@ -6,12 +6,87 @@ there are gaps. A graph is one launch.
 
 from __future__ import annotations
 
+import os
+import shutil
+import time
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from configurator import Config
+from parallel import Ranks, random_state, set_random_state
+from precision import LossScale, autocast
+from sharding import Layout
+
 MicroStep = Callable[[Tensor, Tensor], Tensor]  # idx and targets (B, T) -> the loss, whose gradients it adds up
+
+
+def compiles(cfg: Config, device: torch.device) -> bool:
+    """Whether the model is compiled: as asked for, where that can be."""
+    return cfg.run.compile and not missing_compiler(device)
+
+
+def compile_model(layout: Layout, cfg: Config, say: Callable[[str], object]) -> Callable[..., Tensor]:
+    """The model's forward pass, compiled where `compile` asks for it and a compiler is there.
+
+    One micro-batch of random tokens goes forward and backward, so that no timed step compiles anything; weights and random
+    numbers are left as they were. Among several ranks blocks are compiled one by one: hooks at their borders move shards and
+    gradients, which a graph of the whole model would let happen only before or after all of it.
+    """
+    model, device, alone = layout.model, layout.ranks.device, layout.ranks.world_size == 1
+    if not cfg.run.compile:
+        return model
+    if missing := missing_compiler(device):
+        say(f"not compiled: torch.compile needs {missing} here; install g++, or pass --compile=False")
+        return model
+    say("compiling the model (--compile=False starts at once and runs slower)")
+    t0_s, before = time.perf_counter(), random_state(device)
+    if cfg.run.deterministic:
+        from torch._inductor import config as inductor
+
+        inductor.deterministic = True  # no measurement, which may turn out otherwise later, decides how a sum is computed
+    if not alone:
+        model.compile_units()
+    forward = torch.compile(model) if alone else model
+    ids = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
+    with autocast(device, layout.dtype):
+        loss = forward(ids[0], ids[1])
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    set_random_state(before, device)
+    say(f"compiled in {time.perf_counter() - t0_s:.1f} s")
+    return forward
+
+
+def build_micro_step(forward: Callable[..., Tensor], layout: Layout, loss_scale: LossScale, cfg: Config) -> MicroStep:
+    """A micro-batch forward and backward. Its loss is its share of the step's, without the scale; as a graph where that works."""
+    ranks = layout.ranks
+    micro_steps = cfg.data.gradient_accumulation_steps // ranks.world_size
+
+    def micro_step(idx: Tensor, targets: Tensor) -> Tensor:
+        with autocast(ranks.device, layout.dtype):
+            loss = forward(idx, targets) / micro_steps
+        (loss * loss_scale.scale).backward()
+        return loss.detach()
+
+    if replays_graph(cfg, ranks):
+        return GraphedMicroStep(micro_step, layout.model.parameters())
+    return micro_step
+
+
+def replays_graph(cfg: Config, ranks: Ranks) -> bool:
+    """Whether a compiled micro-step is recorded. Among several ranks it also talks to the others, which a graph does not hold."""
+    return cfg.run.cuda_graph and compiles(cfg, ranks.device) and ranks.device.type == "cuda" and ranks.world_size == 1
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile would not find: for a CPU it writes C++, and for a GPU Triton builds its launchers in C."""
+    if device.type == "cpu":
+        kind, names = "a C++ compiler", (os.environ.get("CXX", "c++"), "g++", "clang++")
+    else:
+        kind, names = "a C compiler", (os.environ.get("CC", "gcc"), "clang")
+    return None if any(map(shutil.which, names)) else kind
 
 
 class GraphedMicroStep:

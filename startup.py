@@ -8,9 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +41,10 @@ from evaluation import Prompt
 from flops import checkpoint_bytes
 from fp8 import Fp8
 from hellaswag import Questions, find_source, read_items, tokenize
-from micro_step import GraphedMicroStep, MicroStep
 from model import build_model
 from optim import build_optimizer, optimizer_tensors
 from parallel import Ranks, StopRequest, random_state, set_random_state
-from precision import LossScale, autocast, dtype_name
+from precision import LossScale, dtype_name
 from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
 from sharding import Layout, put_rows
@@ -363,72 +360,6 @@ def run_name_of(cfg: Config, checkpoint: Checkpoint | None, ranks: Ranks) -> str
 def ending(kind: type[BaseException] | None, error: BaseException | None, stop: StopRequest) -> str:
     """How the run ended, in a word or a line."""
     return f"{kind.__name__}: {error}" if kind else stop.reason or "finished"
-
-
-def compiles(cfg: Config, device: torch.device) -> bool:
-    """Whether the model is compiled: as asked for, where that can be."""
-    return cfg.run.compile and not missing_compiler(device)
-
-
-def compile_model(state: TrainState, cfg: Config, say: Callable[[str], object]) -> Callable[..., torch.Tensor]:
-    """The model's forward pass, compiled where `compile` asks for it and a compiler is there.
-
-    One micro-batch of random tokens goes forward and backward, so that no timed step compiles anything; weights and random
-    numbers are left as they were. Among several ranks blocks are compiled one by one: hooks at their borders move shards and
-    gradients, which a graph of the whole model would let happen only before or after all of it.
-    """
-    model, device, alone = state.model, state.ranks.device, state.ranks.world_size == 1
-    if not cfg.run.compile:
-        return model
-    if missing := missing_compiler(device):
-        say(f"not compiled: torch.compile needs {missing} here; install g++, or pass --compile=False")
-        return model
-    say("compiling the model (--compile=False starts at once and runs slower)")
-    t0_s, before = time.perf_counter(), random_state(device)
-    if cfg.run.deterministic:
-        from torch._inductor import config as inductor
-
-        inductor.deterministic = True  # no measurement, which may turn out otherwise later, decides how a sum is computed
-    if not alone:
-        model.compile_units()
-    forward = torch.compile(model) if alone else model
-    ids = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
-    with autocast(device, state.layout.dtype):
-        loss = forward(ids[0], ids[1])
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    set_random_state(before, device)
-    say(f"compiled in {time.perf_counter() - t0_s:.1f} s")
-    return forward
-
-
-def build_micro_step(forward: Callable[..., torch.Tensor], state: TrainState, cfg: Config) -> MicroStep:
-    """A micro-batch forward and backward. Its loss is its share of the step's, without the scale; as a graph where that works."""
-    micro_steps, device = cfg.data.gradient_accumulation_steps // state.ranks.world_size, state.ranks.device
-
-    def micro_step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with autocast(device, state.layout.dtype):
-            loss = forward(idx, targets) / micro_steps
-        (loss * state.loss_scale.scale).backward()
-        return loss.detach()
-
-    if replays_graph(cfg, state.ranks):
-        return GraphedMicroStep(micro_step, state.model.parameters())
-    return micro_step
-
-
-def replays_graph(cfg: Config, ranks: Ranks) -> bool:
-    """Whether a compiled micro-step is recorded. Among several ranks it also talks to the others, which a graph does not hold."""
-    return cfg.run.cuda_graph and compiles(cfg, ranks.device) and ranks.device.type == "cuda" and ranks.world_size == 1
-
-
-def missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile would not find: for a CPU it writes C++, and for a GPU Triton builds its launchers in C."""
-    if device.type == "cpu":
-        kind, names = "a C++ compiler", (os.environ.get("CXX", "c++"), "g++", "clang++")
-    else:
-        kind, names = "a C compiler", (os.environ.get("CC", "gcc"), "clang")
-    return None if any(map(shutil.which, names)) else kind
 
 
 class NonFiniteRun(UserError):

@@ -24,7 +24,7 @@ from data.loader import Loader, SampleOrder
 from data.tokens import Dataset, load_dataset
 from evaluation import Evaluator
 from fp8 import by_class, choose_fp8, losses_above
-from micro_step import MicroStep
+from micro_step import MicroStep, build_micro_step, compile_model
 from optim import describe_groups, learning_rate, update
 from parallel import ReadBack, StopRequest, ending_together, memory_gb, start_ranks
 from precision import choose_dtype
@@ -78,8 +78,8 @@ def train(cfg: Config, stack: ExitStack) -> int:
     log.report(info, throughput)
     notes = [*marker_lines(info, layout), *describe_groups(state.model, cfg.optim), *notes_on(cfg, state, order), *notes]
     log.line("\n".join(notes))
-    forward = startup.compile_model(state, cfg, log.line)
-    micro_step = startup.build_micro_step(forward, state, cfg)
+    forward = compile_model(layout, cfg, log.line)
+    micro_step = build_micro_step(forward, layout, state.loss_scale, cfg)
     evaluator = Evaluator(cfg, dataset, dtype, state.model, forward, ranks, stop, prompt, questions)
     store = startup.open_store(cfg, dataset, checkpoint, log, state)
     stack.push(lambda kind, *_: store.close(wait=kind is None or ranks.world_size == 1))  # until everything is on the disk

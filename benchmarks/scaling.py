@@ -52,14 +52,14 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
     """Step times and memory of one setting, on every rank of a launch; the figures are rank 0's, `say` gets its notes."""
     import torch
 
+    from micro_step import build_micro_step, compile_model
     from optim import update
-    from startup import build_micro_step, compile_model
 
     device, on_gpu = ranks.device, ranks.device.type == "cuda"
     start_bytes = torch.cuda.memory_allocated() if on_gpu else 0
     cfg, state = fresh_state(cfg, ranks, say)
     split = held_bytes(state, start_bytes) if on_gpu else {}
-    micro_step = build_micro_step(compile_model(state, cfg, say), state, cfg)
+    micro_step = build_micro_step(compile_model(state.layout, cfg, say), state.layout, state.loss_scale, cfg)
     loss = torch.zeros(())
     idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
 

@@ -41,14 +41,14 @@ Step = Callable[[Any, Any], Any]  # idx, targets (B, T) int64 each -> the loss
 def nanotrain(cfg: Config, _: str) -> Step:
     import torch
 
+    from micro_step import build_micro_step, compile_model
     from optim import update
     from parallel import Ranks
-    from startup import build_micro_step, compile_model
 
     one = with_strategy(cfg, n_ranks=1, strategy="auto", micro_steps=1)
     one = dataclasses.replace(one, run=dataclasses.replace(one.run, dtype="bfloat16", compile=True))  # as the peers
     cfg, state = fresh_state(one, Ranks(0, 1, torch.device("cuda", 0)), print)
-    micro_step = build_micro_step(compile_model(state, cfg, print), state, cfg)
+    micro_step = build_micro_step(compile_model(state.layout, cfg, print), state.layout, state.loss_scale, cfg)
 
     def step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         state.fp8.begin_step()

@@ -20,8 +20,8 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 MAY_IMPORT = {
     "train": """startup checkpoint configurator data evaluation flops fp8 micro_step optim parallel plan precision
         profiling sharding start_report training_logger""",
-    "start_report": "checkpoint configurator data flops parallel plan precision sharding startup training_logger",
-    "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels micro_step model optim parallel
+    "start_report": "checkpoint configurator data flops micro_step parallel plan precision sharding startup training_logger",
+    "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels model optim parallel
         precision pretrained profiling sharding training_logger""",
     "evaluation": "configurator data generation hellaswag model parallel precision",
     "profiling": "configurator memory parallel plan",
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "checkpoint_files": "configurator parallel",
     "training_logger": "configurator run_file",
     "run_file": "",
-    "micro_step": "",
+    "micro_step": "configurator parallel precision sharding",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
     "fp8": "configurator flops kernels parallel precision",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
+import micro_step
 import start_report
 import startup
 from configurator import load_config
@@ -90,7 +91,7 @@ def test_another_shape_is_refused_still(begun: Path, tmp_path: Path) -> None:
 
 
 def lose_the_compiler() -> None:
-    startup.missing_compiler = lambda device: "a C++ compiler"
+    micro_step.missing_compiler = lambda device: "a C++ compiler"
 
 
 def test_the_report_says_compiled_only_where_it_is(runs: Runs) -> None:
@@ -172,5 +173,6 @@ def test_no_measurement_decides_how_a_deterministic_run_adds_up(deterministic: b
     cfg, cpu = load_config([*sizes, "--compile=True", f"--deterministic={deterministic}"]), torch.device("cpu")
     with inductor.patch(deterministic=False):
         layout = Layout(Ranks(0, 1, cpu), cfg.parallel, torch.float32)
-        startup.compile_model(startup.build_state(cfg, REFERENCE, layout, Fp8(cfg.fp8)), cfg, print)
+        startup.build_state(cfg, REFERENCE, layout, Fp8(cfg.fp8))
+        micro_step.compile_model(layout, cfg, print)
         assert inductor.deterministic == deterministic

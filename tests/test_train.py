@@ -25,9 +25,10 @@ import train
 from configurator import ROOT, Config, load_config
 from data.loader import SampleOrder
 from data.tokens import load_dataset
+from micro_step import missing_compiler
 from model import Transformer
 from optim import learning_rate
-from startup import missing_compiler, with_vocabulary
+from startup import with_vocabulary
 from tiny_runs import Runs
 
 SAMPLES_PER_STEP, BLOCK_SIZE = 8, 16
