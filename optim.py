@@ -66,7 +66,7 @@ def build_optimizer(
 
 
 def zeros_like_each(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """In one piece of memory: CUDA's allocator may add a MiB to each that it is asked for, 5 % of what eight ranks share."""
+    """In one piece of memory: CUDA's allocator may add a MiB to each that it is asked for: 3 % of what each of four ranks has."""
     sizes = [-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in tensors]
     memory = tensors[0].new_zeros(sum(sizes))
     return [own[: t.numel()].view(t.shape) for own, t in zip(memory.split(sizes), tensors, strict=True)]

@@ -42,9 +42,9 @@ from command_line import (
 )
 
 from configurator import Config, UserError, run_command
+from memory import GIB
 
 WARMUP_STEPS = 3
-GIB = 2**30
 MEMORY = ("peak", "parameters", "gradients", "optimizer", "activations_and_rest")
 
 

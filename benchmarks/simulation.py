@@ -21,8 +21,7 @@ from typing import Any
 from command_line import load_model_config, output_file, parser_of, positive_int, positive_ints, strategies, with_strategy
 
 from configurator import Config, run_command
-
-GIB = 2**30
+from memory import GIB
 
 
 def count_traffic(sent: dict[str, float]) -> AbstractContextManager:

@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from command_line import output_file, parser_of
+from command_line import fresh_state, output_file, parser_of
 
-from configurator import ROOT, UserError, load_config, run_command
+from configurator import ROOT, Fp8Config, UserError, load_config, run_command
 
 WARMUP_STEPS = 20
 
@@ -30,30 +31,25 @@ def bare_loop(argv: list[str]) -> list[float]:
     """Milliseconds of each step of the bare loop, from the end of one step to the end of the next."""
     import torch
 
-    import kernels
     from data.tokens import load_dataset
-    from fp8 import Fp8
     from parallel import Ranks, start_ranks
-    from precision import autocast, choose_dtype
-    from sharding import Layout
-    from startup import build_state, with_vocabulary
+    from precision import autocast
+    from startup import with_vocabulary
 
     cfg = load_config(argv)
     cfg = with_vocabulary(cfg, load_dataset(cfg.data, cfg.model.block_size))
     with ExitStack() as stack:
         device = start_ranks(cfg.run, cfg.parallel, stack).device
-    dtype = choose_dtype(cfg.run.dtype, device)
-    ops = kernels.choose(vars(cfg.kernels), device.type)[0]
-    layout = Layout(Ranks(0, 1, device), cfg.parallel, dtype)
-    state = build_state(cfg, ops, layout, Fp8(cfg.fp8))  # the same model: what it is made of is no overhead
+    # The same model, but for FP8: what it is made of is no overhead.
+    cfg, state = fresh_state(replace(cfg, fp8=Fp8Config()), Ranks(0, 1, device), print)
     forward = torch.compile(state.model) if cfg.run.compile else state.model
     batch = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
     instants = []
     for _ in range(cfg.optim.max_iters):
-        with autocast(device, dtype):
+        with autocast(device, state.layout.dtype):
             loss = forward(batch[0], batch[1])
         loss.backward()
-        layout.gradients()
+        state.layout.gradients()
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -25,11 +25,10 @@ from exchange import Collectives, Copies, all_gather_single, own_rows, share_of
 from flops import count_parameters
 from memory import GIB, predict_memory, ring_bytes, settled
 from parallel import Ranks, start_ranks
-from tiny_runs import Main, Runs
+from tiny_runs import LLAMA, Main, Runs
 
 # As in test_sharding.py: four ranks cannot share 27 rows evenly.
 SHAPE = "--gradient_accumulation_steps=4 --n_layer=2 --n_head=3 --n_embd=48 --vocab_size=27".split()
-LLAMA = "--normalization=rmsnorm --ffn_type=swiglu --position_encoding=rope --weight_tying=False --bias=False".split()
 SHAPES = [(27, 48), (48, 5), (3, 7), (1, 1), (200, 33)]
 
 

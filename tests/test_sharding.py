@@ -40,7 +40,7 @@ from parallel import Ranks, start_ranks
 from precision import LossScale, autocast
 from sharding import Layout, ReduceScatterByCopies, choose_layout, put_rows
 from startup import TrainState
-from tiny_runs import Runs, nothing
+from tiny_runs import LLAMA, Runs, nothing
 
 STRATEGIES = ("ddp", "zero1", "fsdp")
 # 4 micro-steps for 1, 2 and 4 ranks, which cannot share the embedding's 27 rows evenly. The width is a multiple of what a CPU
@@ -176,7 +176,6 @@ def test_a_resumed_run_is_the_run(dtype: str, runs: Runs) -> None:
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LLAMA = ["--normalization=rmsnorm", "--ffn_type=swiglu", "--position_encoding=rope", "--weight_tying=False", "--bias=False"]
 
 
 @pytest.mark.parametrize("micro_steps", [1, 3])

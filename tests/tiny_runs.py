@@ -31,6 +31,7 @@ FORK = multiprocessing.get_context("forkserver")
 TINY = """--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2
     --compile=False --device=cpu --learning_rate=1e-2 --min_lr=1e-3 --warmup_iters=4 --lr_decay_iters=100 --max_iters=20
     --eval_interval=0 --checkpoint_interval=0 --rolling_interval=0""".split()
+LLAMA = "--normalization=rmsnorm --ffn_type=swiglu --position_encoding=rope --weight_tying=False --bias=False".split()
 
 
 def tiny_text(n_words: int) -> str:
