@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from configurator import Config
-from parallel import Ranks, random_state, set_random_state
+from parallel import random_state, set_random_state
 from precision import LossScale, autocast
 from sharding import Layout
 
@@ -70,14 +70,15 @@ def build_micro_step(forward: Callable[..., Tensor], layout: Layout, loss_scale:
         (loss * loss_scale.scale).backward()
         return loss.detach()
 
-    if replays_graph(cfg, ranks):
+    if replays_graph(cfg, layout):
         return GraphedMicroStep(micro_step, layout.model.parameters())
     return micro_step
 
 
-def replays_graph(cfg: Config, ranks: Ranks) -> bool:
-    """Whether a compiled micro-step is recorded. Among several ranks it also talks to the others, which a graph does not hold."""
-    return cfg.run.cuda_graph and compiles(cfg, ranks.device) and ranks.device.type == "cuda" and ranks.world_size == 1
+def replays_graph(cfg: Config, layout: Layout) -> bool:
+    """Whether a compiled micro-step is recorded. One that talks to other ranks is more than a graph holds."""
+    device = layout.ranks.device
+    return cfg.run.cuda_graph and compiles(cfg, device) and device.type == "cuda" and not layout.exchanges_within
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -31,10 +31,13 @@ from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
 from exchange import Collectives, Copies, Wait, choose_exchange, own_rows, share_of
+from flops import count_parameters
 from memory import GIB, USABLE, first_that_fits, how_often, predict_memory, settled
 from optim import Gradients
 from parallel import Ranks
 from precision import dtype_name
+
+REPLAYED_PARAMETERS = 200_000_000  # up to which ddp hides launches behind a CUDA graph, and not the exchange behind products
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Layout:
     """One process: the parameters are whole, and nothing is exchanged."""
 
     name = "one process"
+    exchanges_within = False  # a micro-step, which then is more than a CUDA graph could hold
     weights_arrive: Literal["never", "once", "often"] = "never"  # in a step, those that other ranks have updated
 
     def __init__(self, ranks: Ranks, cfg: ParallelConfig, dtype: torch.dtype, exchange_by: str = "") -> None:
@@ -206,6 +210,11 @@ class DataParallel(Layout):
     name = "ddp"
     everywhere = True  # each rank wants the average of all rows
 
+    def __init__(self, *args: Any, replayed: bool = False) -> None:
+        """`replayed`: a micro-step is a CUDA graph, and what is exchanged follows behind it."""
+        super().__init__(*args)
+        self.exchanges_within = not replayed
+
     def share(self, parameters: list[nn.Parameter]) -> None:
         matrices, self.vectors = ([p for p in parameters if (p.ndim > 1) is wanted] for wanted in (True, False))
         if self.exchange_by == "copies":
@@ -217,7 +226,7 @@ class DataParallel(Layout):
         else:
             self.exchange = Collectives(self.ranks)
         self._means: dict[Tensor, Tensor] = {}  # of a step, by matrix
-        for p in matrices:
+        for p in matrices if self.exchanges_within else ():
             p.register_post_accumulate_grad_hook(self._exchange_gradient)
 
     def _exchange_gradient(self, parameter: Tensor) -> None:
@@ -229,8 +238,10 @@ class DataParallel(Layout):
         if vectors:
             flat = self.ranks.sum_(torch.cat([v.flatten() for v in vectors])) / self.ranks.world_size
             torch._foreach_copy_(vectors, list(flat.split([v.numel() for v in vectors])))  # vectors have one dimension
-        self.exchange.finish_averages()
         own, matrices = [], [part for part in self.parts.values() if part.parameter.ndim > 1]
+        for part in () if self.exchanges_within else matrices:
+            self._exchange_gradient(part.parameter)
+        self.exchange.finish_averages()
         for part in matrices:
             mean = self._means.pop(part.parameter)
             own.append(self.own_rows_of(mean) if self.everywhere else mean)
@@ -331,6 +342,7 @@ class FullyShard(Layout):
     """fsdp: a block's parameters are gathered, in the dtype of the arithmetic, just before they are needed."""
 
     name = "fsdp"
+    exchanges_within = True
 
     def marker_lines(self) -> list[str]:
         both = ["fsdp contains zero1: --use_zero1 adds nothing to it"] if self.cfg.use_zero1 else []
@@ -456,7 +468,10 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
         why += ", by the GPUs' copy engines"
     elif on_gpu:
         why += f", through NCCL ({why_not})"
-    return cfg, LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
+    layout = LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by)
+    if name == "ddp" and on_gpu and cfg.run.cuda_graph and count_parameters(cfg.model).total <= REPLAYED_PARAMETERS:
+        layout, why = DataParallel(ranks, cfg.parallel, dtype, exchange_by, replayed=True), f"{why}, behind the backward pass"
+    return cfg, layout, f"{name} over {n} ranks, {why}"
 
 
 def choose_by_memory(cfg: Config, dtype: torch.dtype, n_ranks: int, memory_gib: float) -> tuple[str, str]:

@@ -60,7 +60,7 @@ def start_report(
             **{knob: who for knob, who in chosen_kernels.items() if state.fp8.active or knob != "fp8_kernel"},
             "attention": attention_backend(cfg, ranks.device, dtype),
             "compile": compiles(cfg, ranks.device),
-            "cuda_graph": replays_graph(cfg, ranks),
+            "cuda_graph": replays_graph(cfg, state.layout),
             "deterministic": cfg.run.deterministic,
             "seed": cfg.run.seed,
         },

@@ -27,6 +27,7 @@ import torch
 import checkpoint
 import checkpoint_files
 import evaluation
+import sharding
 import train
 from checkpoint_files import open_checkpoint
 from configurator import ROOT, Fp8Config, load_config
@@ -38,7 +39,7 @@ from model import build_model
 from optim import build_optimizer, optimizer_tensors, update
 from parallel import Ranks, start_ranks
 from precision import LossScale, autocast
-from sharding import Layout, ReduceScatterByCopies, choose_layout, put_rows
+from sharding import DataParallel, Layout, ReduceScatterByCopies, choose_layout, put_rows
 from startup import TrainState
 from tiny_runs import LLAMA, Runs, nothing
 
@@ -129,6 +130,23 @@ def test_fsdp_adds_up_bfloat16_in_float32(runs: Runs) -> None:
         norms.append([record["gradients"]["global_norm"] for record in records])
     assert losses[0][0] == losses[1][0] and norms[0][0] == pytest.approx(norms[1][0], rel=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def exchange_behind() -> None:
+    """What a rank becomes before it starts: one of ddp whose micro-steps would be replayed, were this a GPU."""
+    sharding.LAYOUTS["ddp"] = partial(DataParallel, replayed=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_that_are_exchanged_behind_the_backward_pass(dtype: str, runs: Runs) -> None:
+    """Bitwise as within it."""
+    flags = [*SHAPE, f"--dtype={dtype}", "--parallel=ddp", "--max_iters=4"]
+    runs.run_ranks(2, f"within-{dtype}", *flags)
+    processes = runs.start_ranks(2, f"behind-{dtype}", *flags, prepare=[exchange_behind] * 2)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].output
+    within, behind = (runs.tensors(f"{name}-{dtype}") for name in ("within", "behind"))
+    assert all(torch.equal(within[name], behind[name]) for name in within)
+    assert runs.losses(f"within-{dtype}") == runs.losses(f"behind-{dtype}")
 
 
 def resume_all(argv: list[str]) -> None:

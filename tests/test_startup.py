@@ -108,7 +108,9 @@ def test_mfu_is_over_the_peak_of_all_gpus(fp8: bool, peak_fp8: float | None, run
     monkeypatch.setattr(start_report, "attention_backend", lambda *_: "plain products")
     cfg = load_config(runs.argv("out", "--vocab_size=64", f"--use_fp8={fp8}"))
     (runs.folder / "out").mkdir()
-    state = SimpleNamespace(ranks=Ranks(0, 4, torch.device("cuda")), fp8=SimpleNamespace(active=fp8))
+    ranks = Ranks(0, 4, torch.device("cuda"))
+    layout = Layout(ranks, cfg.parallel, torch.bfloat16)
+    state = SimpleNamespace(ranks=ranks, layout=layout, fp8=SimpleNamespace(active=fp8))
     dataset, chosen = load_dataset(cfg.data, cfg.model.block_size), {"norm_kernel": "torch", "fp8_kernel": "torch"}
     info, throughput = start_report.start_report(cfg, dataset, state, torch.bfloat16, chosen, "ddp")
     assert (info["hardware"]["peak_tflops"], info["hardware"]["gpus"]) == (989.5, 4)
