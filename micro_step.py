@@ -31,10 +31,10 @@ def compile_model(layout: Layout, cfg: Config, say: Callable[[str], object]) -> 
     """The model's forward pass, compiled where `compile` asks for it and a compiler is there.
 
     One micro-batch of random tokens goes forward and backward, so that no timed step compiles anything; weights and random
-    numbers are left as they were. Among several ranks blocks are compiled one by one: hooks at their borders move shards and
-    gradients, which a graph of the whole model would let happen only before or after all of it.
+    numbers are left as they were. Where ranks exchange within a micro-step blocks are compiled one by one: hooks at their borders
+    move shards and gradients, which a graph of the whole model would let happen only before or after all of it.
     """
-    model, device, alone = layout.model, layout.ranks.device, layout.ranks.world_size == 1
+    model, device = layout.model, layout.ranks.device
     if not cfg.run.compile:
         return model
     if missing := missing_compiler(device):
@@ -46,9 +46,9 @@ def compile_model(layout: Layout, cfg: Config, say: Callable[[str], object]) -> 
         from torch._inductor import config as inductor
 
         inductor.deterministic = True  # no measurement, which may turn out otherwise later, decides how a sum is computed
-    if not alone:
+    if layout.exchanges_within:
         model.compile_units()
-    forward = torch.compile(model) if alone else model
+    forward = model if layout.exchanges_within else torch.compile(model)
     ids = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
     with autocast(device, layout.dtype):
         loss = forward(ids[0], ids[1])

@@ -7,7 +7,7 @@ kernel, and a gradient that is not finite makes the kernel leave weights and sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 
 from configurator import OptimConfig
 
-ALIGNMENT = 64  # elements between the places where a tensor may begin in memory that several share
+LAID_ROW = 64  # elements between the places where a tensor may begin in memory that several share
 
 
 def learning_rate(step: int, cfg: OptimConfig) -> float:
@@ -67,9 +67,18 @@ def build_optimizer(
 
 def zeros_like_each(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """In one piece of memory: CUDA's allocator may add a MiB to each that it is asked for: 3 % of what each of four ranks has."""
-    sizes = [-(-t.numel() // ALIGNMENT) * ALIGNMENT for t in tensors]
-    memory = tensors[0].new_zeros(sum(sizes))
-    return [own[: t.numel()].view(t.shape) for own, t in zip(memory.split(sizes), tensors, strict=True)]
+    return laid_out(tensors[0].new_zeros(laid_rows(tensors), LAID_ROW), tensors)
+
+
+def laid_rows(tensors: Iterable[torch.Tensor]) -> int:
+    """Rows of LAID_ROW elements in which these lie, each from the beginning of one."""
+    return sum(-(-t.numel() // LAID_ROW) for t in tensors)
+
+
+def laid_out(memory: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The parts of `memory` (laid_rows, LAID_ROW) that have the shapes of these."""
+    parts = memory.view(-1).split([LAID_ROW * laid_rows([t]) for t in tensors])
+    return [part[: t.numel()].view(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 def describe_groups(model: nn.Module, cfg: OptimConfig) -> list[str]:

@@ -31,13 +31,10 @@ from torch.distributed.tensor import DTensor
 
 from configurator import Config, ParallelConfig, UserError, nearest
 from exchange import Collectives, Copies, Wait, choose_exchange, own_rows, share_of
-from flops import count_parameters
-from memory import GIB, USABLE, first_that_fits, how_often, predict_memory, settled
-from optim import Gradients
+from memory import GIB, USABLE, exchanges_behind, first_that_fits, how_often, predict_memory, settled
+from optim import LAID_ROW, Gradients, laid_out, laid_rows
 from parallel import Ranks
 from precision import dtype_name
-
-REPLAYED_PARAMETERS = 200_000_000  # up to which ddp hides launches behind a CUDA graph, and not the exchange behind products
 
 
 @dataclass(frozen=True)
@@ -208,26 +205,23 @@ class DataParallel(Layout):
     """
 
     name = "ddp"
+    exchanges_within = True
     everywhere = True  # each rank wants the average of all rows
-
-    def __init__(self, *args: Any, replayed: bool = False) -> None:
-        """`replayed`: a micro-step is a CUDA graph, and what is exchanged follows behind it."""
-        super().__init__(*args)
-        self.exchanges_within = not replayed
 
     def share(self, parameters: list[nn.Parameter]) -> None:
         matrices, self.vectors = ([p for p in parameters if (p.ndim > 1) is wanted] for wanted in (True, False))
-        if self.exchange_by == "copies":
-            largest_share = max(share_of([p], self.ranks.world_size) for p in matrices)
-            self.exchange = Copies(
-                self.ranks, largest_share, self.everywhere, self.model.ops.average_, [] if self.everywhere else matrices
-            )
-            self.uncounted_bytes = self.exchange.peers.uncounted_bytes
-        else:
-            self.exchange = Collectives(self.ranks)
+        largest_share = max(share_of([p], self.ranks.world_size) for p in matrices)
+        self.exchange = self._exchange(largest_share, [] if self.everywhere else matrices)
         self._means: dict[Tensor, Tensor] = {}  # of a step, by matrix
-        for p in matrices if self.exchanges_within else ():
+        for p in matrices:
             p.register_post_accumulate_grad_hook(self._exchange_gradient)
+
+    def _exchange(self, largest_share: int, at_home: list[nn.Parameter]) -> Copies | Collectives:
+        if self.exchange_by != "copies":
+            return Collectives(self.ranks)
+        copies = Copies(self.ranks, largest_share, self.everywhere, self.model.ops.average_, at_home)
+        self.uncounted_bytes = copies.peers.uncounted_bytes
+        return copies
 
     def _exchange_gradient(self, parameter: Tensor) -> None:
         if self._is_last:
@@ -238,10 +232,8 @@ class DataParallel(Layout):
         if vectors:
             flat = self.ranks.sum_(torch.cat([v.flatten() for v in vectors])) / self.ranks.world_size
             torch._foreach_copy_(vectors, list(flat.split([v.numel() for v in vectors])))  # vectors have one dimension
-        own, matrices = [], [part for part in self.parts.values() if part.parameter.ndim > 1]
-        for part in () if self.exchanges_within else matrices:
-            self._exchange_gradient(part.parameter)
         self.exchange.finish_averages()
+        own, matrices = [], [part for part in self.parts.values() if part.parameter.ndim > 1]
         for part in matrices:
             mean = self._means.pop(part.parameter)
             own.append(self.own_rows_of(mean) if self.everywhere else mean)
@@ -253,6 +245,37 @@ class DataParallel(Layout):
     def own_rows_of(self, tensor: Tensor) -> Tensor:
         first, end = own_rows(len(tensor), self.ranks.rank, self.ranks.world_size)
         return tensor[first:end]
+
+
+class DataParallelBehind(DataParallel):
+    """ddp of a small model, whose gradients are exchanged behind the last backward pass, all together.
+
+    Its kernels are over before the host has launched them, so a micro-step is a CUDA graph, which exchanges nothing, and what
+    follows is few launches: gradients are copied to one memory for each dtype, and that is averaged like one matrix.
+    """
+
+    exchanges_within = False
+
+    def share(self, parameters: list[nn.Parameter]) -> None:
+        _, end = own_rows(laid_rows(parameters), 0, self.ranks.world_size)
+        self.exchange = self._exchange(end * LAID_ROW, [])
+        self._memory: dict[torch.dtype, Tensor] = {}  # (rows, LAID_ROW), for the gradients of that dtype
+
+    def gradients(self) -> Gradients:
+        gradients = {part.rows: self.take_gradient(part.parameter) for part in self.parts.values()}
+        means = []
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients.values()):
+            rows, own = zip(*((r, g) for r, g in gradients.items() if g.dtype == dtype), strict=True)
+            if dtype not in self._memory:
+                self._memory[dtype] = own[0].new_zeros(laid_rows(own), LAID_ROW)
+            torch._foreach_copy_(laid_out(self._memory[dtype], own), own)
+            means.append((rows, self.exchange.average(self._memory[dtype], everywhere=True)))
+        self.exchange.finish_averages()
+        for rows, mean in means:
+            for updated, gradient in zip(rows, laid_out(mean, rows), strict=True):
+                updated.grad = gradient
+        counted = [self.own_rows_of(mean) for _, mean in means]
+        return Gradients([rows for rows in counted if len(rows)], self.n_elements, self.ranks.sum_)
 
 
 class Zero1(DataParallel):
@@ -468,10 +491,10 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
         why += ", by the GPUs' copy engines"
     elif on_gpu:
         why += f", through NCCL ({why_not})"
-    layout = LAYOUTS[name](ranks, cfg.parallel, dtype, exchange_by)
-    if name == "ddp" and on_gpu and cfg.run.cuda_graph and count_parameters(cfg.model).total <= REPLAYED_PARAMETERS:
-        layout, why = DataParallel(ranks, cfg.parallel, dtype, exchange_by, replayed=True), f"{why}, behind the backward pass"
-    return cfg, layout, f"{name} over {n} ranks, {why}"
+    kind = LAYOUTS[name]
+    if on_gpu and exchanges_behind(cfg, name):
+        kind, why = DataParallelBehind, f"{why}, behind the backward pass"
+    return cfg, kind(ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
 
 
 def choose_by_memory(cfg: Config, dtype: torch.dtype, n_ranks: int, memory_gib: float) -> tuple[str, str]:

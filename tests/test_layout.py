@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
     "fp8": "configurator flops kernels parallel precision",
-    "sharding": "configurator exchange flops memory optim parallel precision",
+    "sharding": "configurator exchange memory optim parallel precision",
     "exchange": "configurator parallel",
     "parallel": "configurator",
     "optim": "configurator",

@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ from model import build_model
 from optim import build_optimizer, optimizer_tensors, update
 from parallel import Ranks, start_ranks
 from precision import LossScale, autocast
-from sharding import DataParallel, Layout, ReduceScatterByCopies, choose_layout, put_rows
+from sharding import DataParallelBehind, Layout, ReduceScatterByCopies, choose_layout, put_rows
 from startup import TrainState
 from tiny_runs import LLAMA, Runs, nothing
 
@@ -119,34 +120,39 @@ def test_fsdp_by_other_knobs(knob: str, runs: Runs, saved: dict[tuple[int, str],
     runs.run(out_dir, *SHAPE, f"--max_iters={STEPS + 1}", "--resume=latest")
 
 
+def losses_and_norms(log: dict[str, Any]) -> tuple[list[float], list[float]]:
+    records = log["training_iterations"]
+    return [record["loss"] for record in records], [record["gradients"]["global_norm"] for record in records]
+
+
 def test_fsdp_adds_up_bfloat16_in_float32(runs: Runs) -> None:
     """Once a step, or in each micro-step: the gradients of the same products, and their sums in another order."""
     flags = [*SHAPE, "--use_fsdp", "--dtype=bfloat16", "--max_iters=3"]
-    losses, norms = [], []
     for whole in (True, False):
         runs.run_ranks(2, f"whole-{whole}", *flags, f"--fsdp_accumulate_whole={whole}")
-        records = runs.log(f"whole-{whole}")["training_iterations"]
-        losses.append([record["loss"] for record in records])
-        norms.append([record["gradients"]["global_norm"] for record in records])
+    losses, norms = zip(*(losses_and_norms(runs.log(f"whole-{whole}")) for whole in (True, False)), strict=True)
     assert losses[0][0] == losses[1][0] and norms[0][0] == pytest.approx(norms[1][0], rel=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def exchange_behind() -> None:
     """What a rank becomes before it starts: one of ddp whose micro-steps would be replayed, were this a GPU."""
-    sharding.LAYOUTS["ddp"] = partial(DataParallel, replayed=True)
+    sharding.LAYOUTS["ddp"] = DataParallelBehind
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gradients_that_are_exchanged_behind_the_backward_pass(dtype: str, runs: Runs) -> None:
-    """Bitwise as within it."""
-    flags = [*SHAPE, f"--dtype={dtype}", "--parallel=ddp", "--max_iters=4"]
-    runs.run_ranks(2, f"within-{dtype}", *flags)
-    processes = runs.start_ranks(2, f"behind-{dtype}", *flags, prepare=[exchange_behind] * 2)
+@pytest.mark.parametrize(("dtype", "micro_steps"), [("float32", 2), ("bfloat16", 2), ("bfloat16", 4)])
+def test_gradients_that_are_exchanged_behind_the_backward_pass(dtype: str, micro_steps: int, runs: Runs) -> None:
+    """Bitwise as within it, where they are not clipped: their norm is summed in another order."""
+    micro = f"--gradient_accumulation_steps={micro_steps}"
+    flags = [*SHAPE, f"--dtype={dtype}", micro, "--parallel=ddp", "--max_iters=4", "--grad_clip=0"]
+    names = [f"{where}-{dtype}-{micro_steps}" for where in ("within", "behind")]
+    runs.run_ranks(2, names[0], *flags)
+    processes = runs.start_ranks(2, names[1], *flags, prepare=[exchange_behind] * 2)
     assert [process.wait() for process in processes] == [0, 0], processes[0].output
-    within, behind = (runs.tensors(f"{name}-{dtype}") for name in ("within", "behind"))
+    (losses, norms), (losses_behind, norms_behind) = map(losses_and_norms, map(runs.log, names))
+    assert losses == losses_behind and norms == pytest.approx(norms_behind, rel=1e-5)
+    within, behind = map(runs.tensors, names)
     assert all(torch.equal(within[name], behind[name]) for name in within)
-    assert runs.losses(f"within-{dtype}") == runs.losses(f"behind-{dtype}")
 
 
 def resume_all(argv: list[str]) -> None:
@@ -253,7 +259,7 @@ def test_a_run_that_starts_from_weights_has_them_everywhere(strategy: str, runs:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("precision", ["--dtype=float32", "--dtype=bfloat16", "--use_fp8"])
 def test_two_gpus(precision: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL, compiled, with the kernels that are chosen on a GPU: ddp = zero1 = fsdp = one GPU, and any resumes any."""
+    """Compiled, with the kernels that are chosen on a GPU: ddp, replayed and not, = zero1 = fsdp = one GPU, and any resumes any."""
     sizes = "--n_head=4 --n_embd=256 --batch_size=8 --normalization=rmsnorm --ffn_type=swiglu --position_encoding=rope".split()
     flags = [*SHAPE, *sizes, "--device=cuda", "--compile=True", "--deterministic", precision, "--rolling_interval=6"]
     flags += [f"--max_iters={STEPS}", f"--fp8_required={precision == '--use_fp8'}"]
@@ -261,11 +267,14 @@ def test_two_gpus(precision: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -
     runs.run(f"{precision}-alone", *flags)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{precision}-{strategy}", *flags, f"--parallel={strategy}")
-    alone, ddp, zero1, fsdp = (list(runs.losses(f"{precision}-{name}").values()) for name in ("alone", *STRATEGIES))
-    assert zero1 == ddp
+    output = runs.run_ranks(2, f"{precision}-within", *flags, "--parallel=ddp", "--cuda_graph=False")
+    assert "behind the backward pass" not in output
+    names = ["alone", "within", *STRATEGIES]
+    alone, within, ddp, zero1, fsdp = (list(runs.losses(f"{precision}-{name}").values()) for name in names)
+    assert zero1 == within
     # The learning rate lets differences grow: of the first steps. fsdp rounds to FP8 what it has gathered in bfloat16.
     steps, tolerance = {"--dtype=float32": (4, 3e-5), "--dtype=bfloat16": (4, 1e-2), "--use_fp8": (2, 2e-3)}[precision]
-    for losses in (ddp, fsdp):
+    for losses in (ddp, within, fsdp):
         assert losses[:steps] == pytest.approx(alone[:steps], rel=tolerance)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{precision}-ddp", *flags, "--max_iters=8", "--resume=rolling_step_6", f"--parallel={strategy}")
