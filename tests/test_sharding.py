@@ -259,7 +259,7 @@ def test_a_run_that_starts_from_weights_has_them_everywhere(strategy: str, runs:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("precision", ["--dtype=float32", "--dtype=bfloat16", "--use_fp8"])
 def test_two_gpus(precision: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled, with the kernels that are chosen on a GPU: ddp, replayed and not, = zero1 = fsdp = one GPU, and any resumes any."""
+    """Compiled, with the kernels chosen on a GPU: ddp, replayed and not, = zero1 = fsdp = one GPU, and any resumes any."""
     sizes = "--n_head=4 --n_embd=256 --batch_size=8 --normalization=rmsnorm --ffn_type=swiglu --position_encoding=rope".split()
     flags = [*SHAPE, *sizes, "--device=cuda", "--compile=True", "--deterministic", precision, "--rolling_interval=6"]
     flags += [f"--max_iters={STEPS}", f"--fp8_required={precision == '--use_fp8'}"]
