@@ -17,7 +17,7 @@ Strategy = Literal["ddp", "zero1", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
 LOGITS_BYTES = 2**31  # kernels/cross_entropy.py's CHUNK_BYTES
 RING_BYTES, HOST_RANKS = 2**26, 8  # exchange.py's ring, for each other rank of a host, and as many ranks as share one
-REPLAYED_PARAMETERS = 200_000_000  # up to which ddp replays micro-steps, which hides launches but not the exchange
+REPLAYED_PARAMETERS = 200_000_000  # up to which ddp replays micro-steps, which saves launches and hides no exchange
 USABLE = 0.92  # of a GPU's memory: the CUDA context, the buffers of NCCL and cuBLAS and the allocator's gaps take the rest
 
 # fmt: off
@@ -77,8 +77,9 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     if m.gradient_checkpointing:
         inside += tokens * kept_in_block(cfg, dtype)
     at_start = gradients * accumulates + copies + activations + max(logits, inside)
-    always = parameters + rounded + optimizer + ring_bytes(cfg, strategy, ranks)
-    if ranks > 1 and exchanges_behind(cfg, strategy):  # from a memory of their own; sums, float32, become averages where they lie
+    ring = ring_bytes(cfg, strategy, ranks)
+    always = parameters + rounded + optimizer + ring
+    if ring and exchanges_behind(cfg, strategy):  # from a memory of their own; sums, float32, become averages where they lie
         made = 4 * n - (4 - width) * rounded_elements(m, width)
         always, arriving = always + (4 * n if accumulates else made), 0 if accumulates else arriving
     peak = always + max(at_start, gradients + arriving)
@@ -86,7 +87,7 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
 
 
 def exchanges_behind(cfg: Config, strategy: str) -> bool:
-    """Whether several GPUs under `strategy` replay micro-steps as a CUDA graph, and exchange gradients behind the last."""
+    """Whether ranks that exchange by copy engines replay micro-steps as a CUDA graph, and average gradients behind the last."""
     replays = cfg.run.cuda_graph and cfg.run.compile and strategy == "ddp"
     return replays and count_parameters(cfg.model).total <= REPLAYED_PARAMETERS
 

@@ -487,13 +487,13 @@ def choose_layout(cfg: Config, ranks: Ranks, dtype: torch.dtype) -> tuple[Config
     if name == "fsdp":
         why = ", ".join([why, *how_often(cfg, n)])
     exchange_by, why_not = choose_exchange(cfg.parallel.exchange, ranks, in_groups=name == "fsdp" and 0 < size < n)
+    kind = LAYOUTS[name]
     if exchange_by == "copies":
         why += ", by the GPUs' copy engines"
+        if exchanges_behind(cfg, name):
+            kind, why = DataParallelBehind, f"{why}, behind the backward pass"
     elif on_gpu:
         why += f", through NCCL ({why_not})"
-    kind = LAYOUTS[name]
-    if on_gpu and exchanges_behind(cfg, name):
-        kind, why = DataParallelBehind, f"{why}, behind the backward pass"
     return cfg, kind(ranks, cfg.parallel, dtype, exchange_by), f"{name} over {n} ranks, {why}"
 
 

@@ -70,6 +70,12 @@ def copy_in_memory() -> None:
     sharding.choose_exchange = lambda *args, **kwargs: ("copies", "")
 
 
+def copy_behind() -> None:
+    """Likewise, and as ddp of a small model would be on GPUs, whose micro-steps are replayed."""
+    copy_in_memory()
+    sharding.exchanges_behind = lambda cfg, strategy: strategy == "ddp"
+
+
 def share_gpus() -> None:
     """What a rank becomes before it starts: one of several on a GPU, where NCCL refuses to work and gloo does not."""
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
@@ -116,8 +122,10 @@ def test_copies_train_as_collectives_do(n: int, dtype: str, runs: Runs) -> None:
     assert ddp.keys() == zero1.keys() and all(torch.equal(ddp[key], zero1[key]) for key in ddp)
     assert runs.losses(f"{name}-ddp") == runs.losses(f"{name}-zero1")
     expected, tolerance = list(runs.losses(f"{name}-collectives").values()), 1e-6 if dtype == "float32" else 1e-3
-    for strategy in ("ddp", "fsdp"):
-        assert list(runs.losses(f"{name}-{strategy}").values()) == pytest.approx(expected, rel=tolerance)
+    output = run_copies(runs, n, f"{name}-behind", *flags, "--max_iters=5", "--parallel=ddp", become=copy_behind)
+    assert "by the GPUs' copy engines, behind the backward pass" in output
+    for variant in ("ddp", "behind", "fsdp"):
+        assert list(runs.losses(f"{name}-{variant}").values()) == pytest.approx(expected, rel=tolerance)
     # What a GPU's memory allows. Of two micro-steps the sums are float32, and are sent so.
     held = "--fsdp_accumulate_whole" if n == 2 else "--fsdp_reshard_after_forward=False"
     holding = [*flags, "--max_iters=5", "--use_fsdp", held]

@@ -271,7 +271,7 @@ def test_two_gpus(precision: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -
     assert "behind the backward pass" not in output
     names = ["alone", "within", *STRATEGIES]
     alone, within, ddp, zero1, fsdp = (list(runs.losses(f"{precision}-{name}").values()) for name in names)
-    assert zero1 == within
+    assert zero1 == within, dict(zip(names, (alone, within, ddp, zero1, fsdp), strict=True))
     # The learning rate lets differences grow: of the first steps. fsdp rounds to FP8 what it has gathered in bfloat16.
     steps, tolerance = {"--dtype=float32": (4, 3e-5), "--dtype=bfloat16": (4, 1e-2), "--use_fp8": (2, 2e-3)}[precision]
     for losses in (ddp, within, fsdp):
