@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -25,6 +27,7 @@ from configurator import ROOT, run_command
 from data.tokenizer import CharacterTokenizer
 from data.tokens import Manifest, SplitManifest
 
+PORTS = itertools.cycle(range(10_000 + os.getpid() * 499 % 20_000, 32_000))  # other tests at the same time begin elsewhere
 Main = Callable[[list[str]], int | None]
 FORK = multiprocessing.get_context("forkserver")
 # 4 x 2 x 16 = 128 tokens a step; an epoch of the dataset below takes 25 steps.
@@ -79,9 +82,11 @@ def become_rank(rank: int, world_size: int, port: int, prepare: Callable[[], Non
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Below those that the system gives to whoever asks for any, so that nobody gets it before it is used."""
+    for port in PORTS:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 class TrainingProcess:
