@@ -193,7 +193,7 @@ class RunConfig:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     dtype: DType = "auto"  # of the arithmetic; auto: bfloat16 where the GPU has it, float32 on a CPU
     compile: bool = True  # torch.compile the model
-    cuda_graph: bool = True  # replay a compiled micro-step as one launch: on one GPU, or of a small model under ddp
+    cuda_graph: bool | None = None  # replay a compiled micro-step as one launch; none: on one GPU, of small models under ddp too
     deterministic: bool = False  # bitwise reproducible on a GPU too, at some cost in speed
     max_hours: float | None = None  # save and stop after so many hours; none does not stop
     profile: str = ""  # FIRST:END, such as 10:13: trace of the steps 10, 11 and 12, a table of their kernels; empty records none

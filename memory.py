@@ -17,7 +17,7 @@ Strategy = Literal["ddp", "zero1", "fsdp"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp")
 LOGITS_BYTES = 2**31  # kernels/cross_entropy.py's CHUNK_BYTES
 RING_BYTES, HOST_RANKS = 2**26, 8  # exchange.py's ring, for each other rank of a host, and as many ranks as share one
-REPLAYED_PARAMETERS = 200_000_000  # up to which ddp replays micro-steps, which saves launches and hides no exchange
+REPLAYED_PARAMETERS = 200_000_000  # up to which ddp by itself replays micro-steps: that saves launches, and hides no exchange
 USABLE = 0.92  # of a GPU's memory: the CUDA context, the buffers of NCCL and cuBLAS and the allocator's gaps take the rest
 
 # fmt: off
@@ -88,8 +88,9 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
 
 def exchanges_behind(cfg: Config, strategy: str) -> bool:
     """Whether ranks that exchange by copy engines replay micro-steps as a CUDA graph, and average gradients behind the last."""
-    replays = cfg.run.cuda_graph and cfg.run.compile and strategy == "ddp"
-    return replays and count_parameters(cfg.model).total <= REPLAYED_PARAMETERS
+    asked = cfg.run.cuda_graph
+    replays = count_parameters(cfg.model).total <= REPLAYED_PARAMETERS if asked is None else asked
+    return replays and cfg.run.compile and strategy == "ddp"
 
 
 def adds_up(cfg: Config, ranks: int) -> bool:

@@ -78,7 +78,7 @@ def build_micro_step(forward: Callable[..., Tensor], layout: Layout, loss_scale:
 def replays_graph(cfg: Config, layout: Layout) -> bool:
     """Whether a compiled micro-step is recorded. One that talks to other ranks is more than a graph holds."""
     device = layout.ranks.device
-    return cfg.run.cuda_graph and compiles(cfg, device) and device.type == "cuda" and not layout.exchanges_within
+    return cfg.run.cuda_graph is not False and compiles(cfg, device) and device.type == "cuda" and not layout.exchanges_within
 
 
 def missing_compiler(device: torch.device) -> str | None:

@@ -162,6 +162,9 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
         yield "--save_checkpoints=False: what is trained ends with this run"
     if cfg.run.memory_history and state.ranks.device.type == "cpu":
         yield "--memory_history records nothing on a CPU"
+    if cfg.run.cuda_graph and not replays_graph(cfg, state.layout):
+        why = f"{state.layout.name} exchanges within it" if state.layout.exchanges_within else "none is compiled for a GPU"
+        yield f"--cuda_graph replays no micro-step: {why}"
     if cfg.is_given("num_gpus"):
         yield f"--num_gpus is of --plan; this run has {n} rank{'s' * (n > 1)}, and torchrun --nproc_per_node=N starts N of them"
     if n == 1 and cfg.parallel.exchange != "auto":

@@ -26,6 +26,7 @@ from memory import (
     RING_BYTES,
     USABLE,
     bytes_of,
+    exchanges_behind,
     first_that_fits,
     head_copy,
     kept_per_token,
@@ -208,6 +209,35 @@ def test_what_is_on_its_way_to_the_gradients():
     assert among == held + 2 * matrices + 5 * RING_BYTES  # kept until they have been sent
     through_nccl = dataclasses.replace(cfg, parallel=dataclasses.replace(cfg.parallel, exchange="collectives"))
     assert predict_memory(through_nccl, "bfloat16", "ddp", 4).peak == held + 2 * unit_parameters(cfg.model)
+
+
+MEDIUM = "--n_layer=24 --n_embd=1024 --n_head=16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "strategy", "behind"),
+    [
+        ("", "ddp", True),
+        ("", "zero1", False),
+        ("--cuda_graph=False", "ddp", False),
+        ("--compile=False", "ddp", False),
+        (MEDIUM, "ddp", False),
+        (f"{MEDIUM} --cuda_graph", "ddp", True),
+    ],
+)
+def test_whose_micro_steps_are_replayed_among_ranks(flags, strategy, behind):
+    assert exchanges_behind(load_config([*GPT2, *flags.split()]), strategy) == behind
+
+
+@pytest.mark.parametrize(("micro_steps", "narrow"), [(2, False), (1, True)])
+def test_gradients_of_replayed_micro_steps_are_copied_to_be_exchanged(micro_steps, narrow):
+    """While all activations are there: as the products make them, or as they are added up."""
+    flags = [*GPT2, f"--gradient_accumulation_steps={2 * micro_steps}"]
+    within, behind = (
+        predict_memory(load_config([*flags, f"--cuda_graph={graph}"]), "bfloat16", "ddp", 2).peak for graph in (False, True)
+    )
+    m = load_config(flags).model
+    assert behind - within == 4 * count_parameters(m).total - 2 * narrow * rounded_elements(m, 2)
 
 
 @pytest.mark.parametrize(("strategy", "second_copy"), [("ddp", 0), ("zero1", 2), ("fsdp", 0)])

@@ -123,9 +123,10 @@ def test_mfu_is_over_the_peak_of_all_gpus(fp8: bool, peak_fp8: float | None, run
 
 
 def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
-    idle = ["--profile=9:11", "--memory_history", "--num_gpus=2", "--use_fsdp"]
+    idle = ["--profile=9:11", "--memory_history", "--cuda_graph", "--num_gpus=2", "--use_fsdp"]
     output = runs.run("out", *idle, "--max_iters=8")
     says = ["records nothing: this run goes on after step 0, up to 8", "nothing on a CPU", "this run has 1 rank,"]
+    says.append("replays no micro-step: none is compiled for a GPU")
     assert all(line in output for line in [*says, "one process shards nothing by fsdp"])
     output = runs.run("out", "--profile=2:9", "--max_iters=10", "--resume=latest")
     assert "records nothing: this run goes on after step 8, up to 10" in output
