@@ -63,11 +63,12 @@ def _row_kernel(
             power = tl.exp2((x - new_top[:, None, None]) * LOG2_E)
             total = total * tl.exp2((top - new_top) * LOG2_E) + tl.sum(tl.sum(power, 2), 1)
             top = new_top
-        row_top = tl.max(top, 0)
-        row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2_E), 0)
-        # A target outside the vocabulary makes the loss and its gradient NaN, which training notices.
+        # A target outside the vocabulary makes the loss and its gradient NaN, which training notices. All warps have read its
+        # logit before they meet in the sums below, behind which one of them writes over it.
         valid = (target >= 0) & (target < V)
         x_target = tl.load(logits + target, valid, float("nan")).to(tl.float32)
+        row_top = tl.max(top, 0)
+        row_total = tl.sum(total * tl.exp2((top - row_top) * LOG2_E), 0)
         factor = 1 / tl.load(divisor)
         tl.store(losses + row, (row_top + tl.log2(row_total) * LN_2 - x_target) * factor)
         if GRADIENT:
