@@ -439,7 +439,8 @@ def split_command_line(argv: Sequence[str], knobs: dict[str, Knob]) -> tuple[lis
         if not equals:
             takes_next = words and not words[0].startswith("--")
             if knob and knob.type is bool:
-                value = words.pop(0) if takes_next and words[0].lower() in BOOLEANS else "true"
+                values = [*BOOLEANS, "none"] if knob.optional else BOOLEANS
+                value = words.pop(0) if takes_next and words[0].lower() in values else "true"
             elif takes_next:
                 value = words.pop(0)
             elif knob:

@@ -58,6 +58,8 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     """
     m, parallel, width = cfg.model, cfg.parallel, bytes_of(dtype)
     tokens, n, accumulates = cfg.data.batch_size * m.block_size, count_parameters(m).total, adds_up(cfg, ranks)
+    ring = ring_bytes(cfg, strategy, ranks)
+    behind = ring > 0 and exchanges_behind(cfg, strategy)
     if strategy == "fsdp":
         shards = parallel.hsdp_shard_size or ranks
         whole = accumulates and bool(parallel.fsdp_accumulate_whole)
@@ -65,7 +67,7 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
         gradients = parameters + 4 * n * whole
         copies, arriving = fsdp_in_flight(cfg, width, keeps=whole or parallel.fsdp_reshard_after_forward is False)
     else:
-        parameters, gradients, arriving = held_whole(cfg, width, strategy, ranks)
+        parameters, gradients, arriving = held_whole(cfg, width, strategy, ranks, behind)
         optimizer = 8 * n // (ranks if strategy == "zero1" else 1)
         # FP8's two copies of a weight take the place of the one in a dtype twice as wide, but not where that comes from others.
         rounded = width * rounded_elements(m, width) * (2 if cfg.fp8.use_fp8 and strategy == "zero1" else 1)
@@ -77,11 +79,9 @@ def predict_memory(cfg: Config, dtype: Precision, strategy: Strategy = "ddp", ra
     if m.gradient_checkpointing:
         inside += tokens * kept_in_block(cfg, dtype)
     at_start = gradients * accumulates + copies + activations + max(logits, inside)
-    ring = ring_bytes(cfg, strategy, ranks)
     always = parameters + rounded + optimizer + ring
-    if ring and exchanges_behind(cfg, strategy):  # from a memory of their own; sums, float32, become averages where they lie
-        made = 4 * n - (4 - width) * rounded_elements(m, width)
-        always, arriving = always + (4 * n if accumulates else made), 0 if accumulates else arriving
+    if behind:  # what the graph makes is copied as wide as it is, and averaged in float32, in none of the graph's memory
+        always += 4 * n + width * rounded_elements(m, width) * (not accumulates)
     peak = always + max(at_start, gradients + arriving)
     return MemoryUse(parameters, gradients, optimizer, rounded + copies, activations, logits, peak)
 
@@ -98,19 +98,19 @@ def adds_up(cfg: Config, ranks: int) -> bool:
     return cfg.data.gradient_accumulation_steps > ranks
 
 
-def held_whole(cfg: Config, width: int, strategy: Strategy, ranks: int) -> tuple[int, int, int]:
+def held_whole(cfg: Config, width: int, strategy: Strategy, ranks: int, behind: bool) -> tuple[int, int, int]:
     """One process, ddp, zero1: bytes of (float32 parameters, gradients, and of what is on its way to the gradients).
 
-    A matrix's gradient is made in the products' dtype, and one process with one micro-step leaves it so. Sums and averages are
-    float32. zero1 has the masters of its own rows and, where nothing is added up and copy engines bring them, those rows'
-    averages; embeddings and head, float32 from the start, are averaged where they lie, and what a collective averages is whole.
-    What copy engines have sent is kept until all have.
+    A matrix's gradient is made in the products' dtype, and one process with one micro-step leaves it so, as do ranks that average
+    `behind`. Sums and averages are float32; zero1 has the masters of its own rows and, where nothing is added up and copy engines
+    bring them, those rows' averages; embeddings and head, float32 from the start, are averaged where they lie, and what a
+    collective averages is whole. What copy engines have sent is kept until all have.
     """
     n, accumulates = count_parameters(cfg.model).total, adds_up(cfg, ranks)
     matrices = rounded_elements(cfg.model, width)
     made = 4 * (n - matrices) + width * matrices
     own = 4 * (n - matrices) + 4 * matrices // ranks
-    if ranks == 1:
+    if ranks == 1 or behind:
         return 4 * n, 4 * n if accumulates else made, made * accumulates
     as_made = not accumulates and ring_bytes(cfg, strategy, ranks) > 0
     gradients = own if strategy == "zero1" and as_made else 4 * n
@@ -173,6 +173,8 @@ def ring_bytes(cfg: Config, strategy: Strategy, ranks: int) -> int:
     largest = m.n_embd * max(m.vocab_size, up_width(m), (m.n_head + 2 * m.kv_heads) * m.head_dim)
     if strategy == "fsdp":
         largest = largest_unit(cfg)
+    elif exchanges_behind(cfg, strategy):
+        largest = count_parameters(m).total
     more = {"ddp": 2, "zero1": 0, "fsdp": 1}[strategy]  # for the averages, which all fetch; for what is gathered
     return (ranks - 1 + more) * min(RING_BYTES, 16 * largest // ranks)
 

@@ -211,12 +211,12 @@ class DataParallel(Layout):
     def share(self, parameters: list[nn.Parameter]) -> None:
         matrices, self.vectors = ([p for p in parameters if (p.ndim > 1) is wanted] for wanted in (True, False))
         largest_share = max(share_of([p], self.ranks.world_size) for p in matrices)
-        self.exchange = self._exchange(largest_share, [] if self.everywhere else matrices)
+        self.exchange = self._choose_copies(largest_share, [] if self.everywhere else matrices)
         self._means: dict[Tensor, Tensor] = {}  # of a step, by matrix
         for p in matrices:
             p.register_post_accumulate_grad_hook(self._exchange_gradient)
 
-    def _exchange(self, largest_share: int, at_home: list[nn.Parameter]) -> Copies | Collectives:
+    def _choose_copies(self, largest_share: int, at_home: list[nn.Parameter]) -> Copies | Collectives:
         if self.exchange_by != "copies":
             return Collectives(self.ranks)
         copies = Copies(self.ranks, largest_share, self.everywhere, self.model.ops.average_, at_home)
@@ -258,7 +258,7 @@ class DataParallelBehind(DataParallel):
 
     def share(self, parameters: list[nn.Parameter]) -> None:
         _, end = own_rows(laid_rows(parameters), 0, self.ranks.world_size)
-        self.exchange = self._exchange(end * LAID_ROW, [])
+        self.exchange = self._choose_copies(end * LAID_ROW, [])
         self._memory: dict[torch.dtype, Tensor] = {}  # (rows, LAID_ROW), for the gradients of that dtype
 
     def gradients(self) -> Gradients:
@@ -281,7 +281,7 @@ class DataParallelBehind(DataParallel):
 class Zero1(DataParallel):
     """zero1: every rank updates its own rows of the matrices and gathers the others' while the next forward pass begins.
 
-    Vectors are updated by all. Gradients, their norm and so every weight are bitwise ddp's.
+    Vectors are updated by all. Gradients, their norm and so every weight are bitwise DataParallel's.
     """
 
     name = "zero1"

@@ -163,7 +163,8 @@ def idle_knobs(cfg: Config, state: TrainState) -> Iterator[str]:
     if cfg.run.memory_history and state.ranks.device.type == "cpu":
         yield "--memory_history records nothing on a CPU"
     if cfg.run.cuda_graph and not replays_graph(cfg, state.layout):
-        why = f"{state.layout.name} exchanges within it" if state.layout.exchanges_within else "none is compiled for a GPU"
+        compiled = state.ranks.device.type == "cuda" and compiles(cfg, state.ranks.device)
+        why = f"{state.layout.name} here exchanges within it" if compiled else "none is compiled for a GPU"
         yield f"--cuda_graph replays no micro-step: {why}"
     if cfg.is_given("num_gpus"):
         yield f"--num_gpus is of --plan; this run has {n} rank{'s' * (n > 1)}, and torchrun --nproc_per_node=N starts N of them"

@@ -59,6 +59,8 @@ def test_precedence_and_origins(tmp_path):
         (["--bias", "--seed=3"], "bias", True),
         (["--bias=0"], "bias", False),
         (["--bias", "False"], "bias", False),
+        (["--cuda_graph", "none"], "cuda_graph", None),
+        (["--cuda_graph"], "cuda_graph", True),
         (["--compile=false"], "compile", False),
         (["--max_hours=none"], "max_hours", None),
         (["--max_hours=2"], "max_hours", 2.0),

@@ -40,7 +40,7 @@ from memory import (
 from model import Transformer
 from parallel import Ranks
 from precision import DTYPES, autocast
-from sharding import Layout
+from sharding import DataParallelBehind, Layout
 
 GIB = 2**30
 LLAMA = ["config/full_llama_1.36b.py"]
@@ -136,7 +136,26 @@ def test_peak_with_the_kernels_of_auto_is_nearly_what_is_reserved(argv, measured
     [("ddp", {"everywhere": True}), ("zero1", {"everywhere": False}), ("fsdp", {"everywhere": False, "gathers": True})],
     ids=["ddp", "zero1", "fsdp"],
 )
-def test_the_ring_is_the_exchanges(strategy, options, monkeypatch):
+def test_the_ring_is_the_exchanges(strategy, options, refused):
+    with pytest.raises(RuntimeError):
+        Copies(Ranks(0, 4, torch.device("cpu")), largest_share=2**30, add=kernels.REFERENCE.average_, **options)
+    assert refused == [ring_bytes(load_config(LLAMA), strategy, 4)]
+    assert RING_BYTES == RING_PIECES * PIECE
+
+
+def test_the_ring_of_replayed_micro_steps_is_for_all_gradients_at_once(refused):
+    cfg = load_config(["config/train_shakespeare_char.py", "--vocab_size=65"])
+    layout = DataParallelBehind(Ranks(0, 4, torch.device("cpu")), cfg.parallel, torch.bfloat16, "copies")
+    with torch.device("meta"):
+        layout.model = Transformer(cfg.model, kernels.REFERENCE)
+    with pytest.raises(RuntimeError):
+        layout.share(list(layout.model.parameters()))
+    assert refused == [pytest.approx(ring_bytes(cfg, "ddp", 4), rel=1e-3)]
+
+
+@pytest.fixture
+def refused(monkeypatch) -> list[int]:
+    """Bytes that an exchange has asked for, in vain."""
     asked = []
 
     def refuse(ranks: Ranks, n_bytes: int) -> None:
@@ -144,10 +163,7 @@ def test_the_ring_is_the_exchanges(strategy, options, monkeypatch):
         raise RuntimeError
 
     monkeypatch.setattr(exchange, "PeerMemory", refuse)
-    with pytest.raises(RuntimeError):
-        Copies(Ranks(0, 4, torch.device("cpu")), largest_share=2**30, add=kernels.REFERENCE.average_, **options)
-    assert asked == [ring_bytes(load_config(LLAMA), strategy, 4)]
-    assert RING_BYTES == RING_PIECES * PIECE
+    return asked
 
 
 def test_rows_of_logits_that_are_held():
@@ -229,15 +245,17 @@ def test_whose_micro_steps_are_replayed_among_ranks(flags, strategy, behind):
     assert exchanges_behind(load_config([*GPT2, *flags.split()]), strategy) == behind
 
 
-@pytest.mark.parametrize(("micro_steps", "narrow"), [(2, False), (1, True)])
-def test_gradients_of_replayed_micro_steps_are_copied_to_be_exchanged(micro_steps, narrow):
-    """While all activations are there: as the products make them, or as they are added up."""
-    flags = [*GPT2, f"--gradient_accumulation_steps={2 * micro_steps}"]
-    within, behind = (
-        predict_memory(load_config([*flags, f"--cuda_graph={graph}"]), "bfloat16", "ddp", 2).peak for graph in (False, True)
+@pytest.mark.parametrize("size", [[], ["--batch_size=1", "--block_size=128"]], ids=["activations", "gradients"])
+@pytest.mark.parametrize("micro_steps", [1, 4])
+def test_ranks_that_replay_micro_steps_hold_what_one_process_does_and_what_they_exchange(micro_steps, size):
+    """Gradients as they were made or added up, copied; and where those are narrow their averages, which are float32."""
+    alone, ranks = (
+        load_config([*LLAMA, *size, "--cuda_graph", f"--gradient_accumulation_steps={n * micro_steps}"]) for n in (1, 4)
     )
-    m = load_config(flags).model
-    assert behind - within == 4 * count_parameters(m).total - 2 * narrow * rounded_elements(m, 2)
+    n, matrices = count_parameters(alone.model).total, rounded_elements(alone.model, 2)
+    more = predict_memory(ranks, "bfloat16", "ddp", 4).peak - predict_memory(alone, "bfloat16", "ddp", 1).peak
+    copied = 4 * n if micro_steps > 1 else 4 * (n - matrices) + 2 * matrices
+    assert more == copied + (4 * matrices if micro_steps == 1 else 0) + 5 * RING_BYTES
 
 
 @pytest.mark.parametrize(("strategy", "second_copy"), [("ddp", 0), ("zero1", 2), ("fsdp", 0)])

@@ -37,7 +37,7 @@ from fp8 import Fp8
 from kernels import REFERENCE
 from memory import USABLE, predict_memory
 from model import build_model
-from optim import build_optimizer, optimizer_tensors, update
+from optim import Gradients, build_optimizer, optimizer_tensors, update
 from parallel import Ranks, start_ranks
 from precision import LossScale, autocast
 from sharding import DataParallelBehind, Layout, ReduceScatterByCopies, choose_layout, put_rows
@@ -103,6 +103,7 @@ def test_ranks_draw_different_random_numbers(n: int, runs: Runs, saved: dict[tup
 @pytest.mark.parametrize(
     "knob",
     [
+        "hsdp_shard_size=2",
         "hsdp_shard_size=2 --fsdp_accumulate_whole",
         "fsdp_accumulate_whole=True",
         "fsdp_reshard_after_forward=False",
@@ -111,10 +112,11 @@ def test_ranks_draw_different_random_numbers(n: int, runs: Runs, saved: dict[tup
 )
 def test_fsdp_by_other_knobs(knob: str, runs: Runs, saved: dict[tuple[int, str], str]) -> None:
     """The same losses; and what four ranks have saved, one alone goes on with."""
-    n, out_dir = (4 if "hsdp" in knob else 2), knob.partition("=")[0]
+    n, out_dir = (4 if "hsdp" in knob else 2), knob.replace(" ", "")
     output = runs.run_ranks(n, out_dir, *SHAPE, "--use_fsdp", *f"--{knob}".split(), f"--max_iters={STEPS}")
     assert "Wrapping model with FSDP..." in output and "FSDP enabled with min_params=" in output
-    gathers = {"fsdp_reshard_after_forward": ["for both passes at once"]}  # other knobs here keep weights for all micro-steps
+    # The others keep weights for all micro-steps.
+    gathers = {"fsdp_reshard_after_forward=False": ["for both passes at once"], "hsdp_shard_size=2": ["for each pass"]}
     assert re.findall("gathering weights (.*)$", output, flags=re.M) == gathers.get(out_dir, [])
     assert list(runs.losses(out_dir).values()) == pytest.approx(list(runs.losses(saved[1, "ddp"]).values()), rel=1e-6)
     runs.run(out_dir, *SHAPE, f"--max_iters={STEPS + 1}", "--resume=latest")
@@ -135,9 +137,15 @@ def test_fsdp_adds_up_bfloat16_in_float32(runs: Runs) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+class SaysSo(DataParallelBehind):
+    def gradients(self) -> Gradients:
+        print("all together")
+        return super().gradients()
+
+
 def exchange_behind() -> None:
     """What a rank becomes before it starts: one of ddp whose micro-steps would be replayed, were this a GPU."""
-    sharding.LAYOUTS["ddp"] = DataParallelBehind
+    sharding.LAYOUTS["ddp"] = SaysSo
 
 
 @pytest.mark.parametrize(("dtype", "micro_steps"), [("float32", 2), ("bfloat16", 2), ("bfloat16", 4)])
@@ -149,6 +157,7 @@ def test_gradients_that_are_exchanged_behind_the_backward_pass(dtype: str, micro
     runs.run_ranks(2, names[0], *flags)
     processes = runs.start_ranks(2, names[1], *flags, prepare=[exchange_behind] * 2)
     assert [process.wait() for process in processes] == [0, 0], processes[0].output
+    assert processes[1].output.count("all together") == 4
     (losses, norms), (losses_behind, norms_behind) = map(losses_and_norms, map(runs.log, names))
     assert losses == losses_behind and norms == pytest.approx(norms_behind, rel=1e-5)
     within, behind = map(runs.tensors, names)
@@ -267,15 +276,21 @@ def test_two_gpus(precision: str, runs: Runs, monkeypatch: pytest.MonkeyPatch) -
     runs.run(f"{precision}-alone", *flags)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{precision}-{strategy}", *flags, f"--parallel={strategy}")
-    output = runs.run_ranks(2, f"{precision}-within", *flags, "--parallel=ddp", "--cuda_graph=False")
-    assert "behind the backward pass" not in output
+    runs.run_ranks(2, f"{precision}-within", *flags, "--parallel=ddp", "--cuda_graph=False")
     names = ["alone", "within", *STRATEGIES]
+    replayed = [name for name in names if runs.log(f"{precision}-{name}")["startup_info"]["training"]["cuda_graph"]]
+    assert replayed == ["alone", "ddp"]
     alone, within, ddp, zero1, fsdp = (list(runs.losses(f"{precision}-{name}").values()) for name in names)
     assert zero1 == within, dict(zip(names, (alone, within, ddp, zero1, fsdp), strict=True))
     # The learning rate lets differences grow: of the first steps. fsdp rounds to FP8 what it has gathered in bfloat16.
     steps, tolerance = {"--dtype=float32": (4, 3e-5), "--dtype=bfloat16": (4, 1e-2), "--use_fp8": (2, 2e-3)}[precision]
     for losses in (ddp, within, fsdp):
         assert losses[:steps] == pytest.approx(alone[:steps], rel=tolerance)
+    once = [*flags, "--gradient_accumulation_steps=2"]  # gradients travel as the products make them
+    runs.run(f"{precision}-alone-once", *once)
+    runs.run_ranks(2, f"{precision}-once", *once, "--parallel=ddp")
+    alone, ddp = (list(runs.losses(f"{precision}-{name}").values()) for name in ("alone-once", "once"))
+    assert ddp[:steps] == pytest.approx(alone[:steps], rel=tolerance)
     for strategy in STRATEGIES:
         runs.run_ranks(2, f"{precision}-ddp", *flags, "--max_iters=8", "--resume=rolling_step_6", f"--parallel={strategy}")
 

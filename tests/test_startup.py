@@ -25,7 +25,7 @@ from memory import settled
 from parallel import Ranks
 from pretrained import open_pretrained
 from run_file import StepRecord, step_record
-from sharding import Layout
+from sharding import DataParallel, DataParallelBehind, FullyShard, Layout, Zero1
 from tiny_runs import Runs
 
 
@@ -120,6 +120,27 @@ def test_mfu_is_over_the_peak_of_all_gpus(fp8: bool, peak_fp8: float | None, run
     tflops = flops_per_token(cfg.model) * 128 / 1e-6 / 1e12
     assert mfu["mfu_percent"] == pytest.approx(100 * tflops / (4 * 989.5), rel=1e-3)
     assert mfu.get("mfu_fp8_percent") == (pytest.approx(100 * tflops / peak_fp8, rel=1e-3) if fp8 else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "replayed"),
+    [
+        (Layout, "none", True),
+        (Layout, "True", True),
+        (Layout, "False", False),
+        (DataParallelBehind, "none", True),
+        (DataParallelBehind, "True", True),
+        (DataParallel, "True", False),
+        (Zero1, "True", False),
+        (FullyShard, "True", False),
+    ],
+)
+def test_what_is_replayed_on_gpus(kind: type[Layout], asked: str, replayed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(micro_step, "missing_compiler", lambda device: None)
+    cfg = load_config([f"--cuda_graph={asked}"])
+    layout = kind(Ranks(0, 1, torch.device("cuda")), cfg.parallel, torch.bfloat16)
+    assert micro_step.replays_graph(cfg, layout) == replayed
+    assert not micro_step.replays_graph(load_config(["--compile=False"]), layout)
 
 
 def test_knobs_that_do_nothing_are_named(runs: Runs) -> None:
