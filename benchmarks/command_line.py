@@ -38,6 +38,13 @@ def output_file(text: str) -> Path:
     return path
 
 
+def nanogpt_folder(text: str) -> str:
+    """The type of an option that names the folder of nanoGPT's model.py. Raises ArgumentTypeError where that is not there."""
+    if not (text and Path(text, "model.py").is_file()):
+        raise ArgumentTypeError(f"{text}: there is no model.py of nanoGPT's")
+    return text
+
+
 def strategies(text: str) -> list[str]:
     """The type of --strategies, names with commas between. Raises ArgumentTypeError for one that there is not."""
     if unknown := set(text.split(",")).difference(STRATEGIES):

@@ -1,14 +1,14 @@
 """Tokens a second a GPU, scaling efficiency, peak memory by component and exposed communication, by strategy and number of ranks.
 
     python benchmarks/scaling.py CONFIG [--knob=value ...] [--ranks=1,2,4] [--strategies=ddp,zero1,fsdp] [--micro_steps=1,4]
-        [--steps=10] [--no_profile] [--json=FILE]
+        [--steps=10] [--nanogpt=PATH] [--no_profile] [--json=FILE]
 
 A step is `micro_steps` micro-batches a rank of `batch_size` x `block_size` random tokens, with train.py's own layout, compiled
 units and update; a vocabulary that is left to the dataset counts as GPT-2's. Efficiency is a rank's tokens a second over those of
 one rank alone with as many micro-steps, by the mean of the GPUs: `--ranks=1,4` first runs each of the four GPUs alone, all at the
 same time. GPUs of a host differ, and together they are as fast as the slowest; `of_slowest` is over that one. Exposed
 communication is the time in which a GPU runs NCCL's kernels, or copies to another, and nothing else. All settings of one number
-of ranks share a launch.
+of ranks share a launch. With the folder of nanoGPT's model.py, its model in DistributedDataParallel takes the same steps.
 Needs as many GPUs as ranks; with --device=cpu it runs over gloo, to try the script itself.
 """
 
@@ -28,11 +28,12 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from command_line import (
     fresh_state,
     load_model_config,
+    nanogpt_folder,
     output_file,
     parser_of,
     positive_int,
@@ -42,29 +43,58 @@ from command_line import (
 )
 
 from configurator import Config, UserError, run_command
-from memory import GIB
+from memory import GIB, STRATEGIES
 
+if TYPE_CHECKING:  # --help is there before torch is
+    from torch import Tensor
+
+# (a step on idx[0] and its targets idx[1], both (B, T), which returns the loss; bytes it holds, by component; those not counted)
+Built = tuple[Callable[[], "Tensor"], dict[str, int], int]
+Build = Callable[["Tensor"], Built]
 WARMUP_STEPS = 3
 MEMORY = ("peak", "parameters", "gradients", "optimizer", "activations_and_rest")
 
 
-def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """Step times and memory of one setting, on every rank of a launch; the figures are rank 0's, `say` gets its notes."""
+def measure(build: Build, cfg: Config, ranks: Any, n_steps: int, profile: bool) -> dict[str, Any]:
+    """Step times and memory of one setting, on every rank of a launch; the figures are rank 0's."""
+    import torch
+
+    on_gpu = ranks.device.type == "cuda"
+    start_bytes = torch.cuda.memory_allocated() if on_gpu else 0
+    idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=ranks.device)
+    step, split, uncounted_bytes = build(idx)
+    if on_gpu:  # before the first steps: what a CUDA graph has set aside for itself no later step allocates
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(WARMUP_STEPS):
+        step()
+    times_ms = step_times_ms(step, n_steps, ranks.device)
+    if not torch.isfinite(loss := step()):
+        raise UserError(f"the loss has become {loss.item()}: what takes no time with such numbers means nothing")
+    if on_gpu:
+        peak_bytes = torch.cuda.max_memory_allocated() - start_bytes + uncounted_bytes
+        split |= {"peak": peak_bytes, **({"activations_and_rest": peak_bytes - sum(split.values())} if split else {})}
+    return {
+        "step_ms": round(statistics.median(times_ms), 3),
+        "steps_ms": [round(ms, 2) for ms in times_ms],
+        **{f"{name}_gib": round(split[name] / GIB, 3) if name in split else None for name in MEMORY},
+        "exposed_communication_ms": exposed_ms(step) if profile and on_gpu and ranks.world_size > 1 else None,
+    }
+
+
+def own_step(cfg: Config, ranks: Any, micro_steps: int, say: Callable[[str], None], idx: Tensor) -> Built:
+    """train.py's; `say` gets its notes."""
     import torch
 
     from micro_step import build_micro_step, compile_model
     from optim import update
 
-    device, on_gpu = ranks.device, ranks.device.type == "cuda"
+    on_gpu = ranks.device.type == "cuda"
     start_bytes = torch.cuda.memory_allocated() if on_gpu else 0
     cfg, state = fresh_state(cfg, ranks, say)
     split = held_bytes(state, start_bytes) if on_gpu else {}
     micro_step = build_micro_step(compile_model(state.layout, cfg, say), state.layout, state.loss_scale, cfg)
-    loss = torch.zeros(())
-    idx = torch.randint(cfg.model.vocab_size, (2, cfg.data.batch_size, cfg.model.block_size), device=device)
 
-    def step() -> None:
-        nonlocal loss
+    def step() -> Tensor:
         state.fp8.begin_step()
         for number in range(1, micro_steps + 1):
             state.layout.begin(number, micro_steps)
@@ -75,22 +105,34 @@ def measure(cfg: Config, ranks: Any, micro_steps: int, n_steps: int, profile: bo
         done = update(state.optimizer, cfg.optim, 1e-4, state.loss_scale.scale, with_moments=False, gradients=gradients)
         state.fp8.finish_step(done.overflow)
         state.layout.finish()
+        return loss
 
-    if on_gpu:  # before the first steps: what a CUDA graph has set aside for itself no later step allocates
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(WARMUP_STEPS):
-        step()
-    times_ms = step_times_ms(step, n_steps, device)
-    if not torch.isfinite(loss):
-        raise UserError(f"the loss has become {loss.item()}: what takes no time with such numbers means nothing")
-    peak_bytes = torch.cuda.max_memory_allocated() - start_bytes + state.layout.uncounted_bytes if on_gpu else 0
-    split |= {"peak": peak_bytes, "activations_and_rest": peak_bytes - sum(split.values())} if on_gpu else {}
-    return {
-        "step_ms": round(statistics.median(times_ms), 3),
-        "steps_ms": [round(ms, 2) for ms in times_ms],
-        **{f"{name}_gib": round(split[name] / GIB, 3) if on_gpu else None for name in MEMORY},
-        "exposed_communication_ms": exposed_ms(step) if profile and on_gpu and ranks.world_size > 1 else None,
-    }
+    return step, split, state.layout.uncounted_bytes
+
+
+def nanogpt_step(cfg: Config, ranks: Any, micro_steps: int, path: str, idx: Tensor) -> Built:
+    """nanoGPT's: its model compiled, then in DistributedDataParallel, which exchanges in the last micro-step."""
+    import torch
+    from throughput import nanogpt_model, peer_update
+    from torch.nn.parallel import DistributedDataParallel
+
+    device = ranks.device
+    model = nanogpt_model(cfg, path).to(device)
+    forward = torch.compile(model) if cfg.run.compile else model
+    if ranks.world_size > 1:
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None)
+    update = peer_update(model, cfg)
+
+    def step() -> Tensor:
+        for number in range(1, micro_steps + 1):
+            forward.require_backward_grad_sync = number == micro_steps
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = forward(idx[0], idx[1])[1] / micro_steps
+            loss.backward()
+        update()
+        return loss.detach()
+
+    return step, {}, 0
 
 
 def held_bytes(state: Any, start_bytes: int) -> dict[str, int]:
@@ -102,7 +144,7 @@ def held_bytes(state: Any, start_bytes: int) -> dict[str, int]:
     return {"parameters": parameters, "optimizer": optimizer}
 
 
-def step_times_ms(step: Callable[[], None], n_steps: int, device: Any) -> list[float]:
+def step_times_ms(step: Callable[[], object], n_steps: int, device: Any) -> list[float]:
     """From the end of each step to the end of the next. The host does not wait in between, as in training."""
     import torch
 
@@ -115,7 +157,7 @@ def step_times_ms(step: Callable[[], None], n_steps: int, device: Any) -> list[f
     return [ms for _, _, ms in readback.pop(keep=0)]
 
 
-def exposed_ms(step: Callable[[], None], n_steps: int = 5) -> float:
+def exposed_ms(step: Callable[[], object], n_steps: int = 5) -> float:
     """Milliseconds a step in which NCCL's kernels or copies run and no kernel that computes does, the mean of some steps.
 
     NCCL's kernels wait, for vectors and the gradient's norm, and so for the slower rank; averages by a kernel of ours compute.
@@ -148,7 +190,8 @@ def exposed_us(spans: list[tuple[float, float, bool]]) -> float:
 
 def settings(args: argparse.Namespace, n_ranks: int) -> list[tuple[str, int]]:
     """(strategy, micro-steps a rank) of one launch; one rank alone has no strategy."""
-    return list(itertools.product(args.strategies if n_ranks > 1 else ["alone"], args.micro_steps))
+    strategies = args.strategies if n_ranks > 1 else ["alone"]
+    return list(itertools.product([*strategies, *(["nanogpt"] if args.nanogpt else [])], args.micro_steps))
 
 
 def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
@@ -162,8 +205,11 @@ def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
         say = functools.cache(lambda line: print(line, flush=True) if ranks.is_main else None)  # each line once
         for strategy, micro_steps in settings(args, ranks.world_size):
-            one = with_strategy(cfg, ranks.world_size, "auto" if strategy == "alone" else strategy, micro_steps)
-            row = measure(one, ranks, micro_steps, args.steps, args.profile, say)
+            one = with_strategy(cfg, ranks.world_size, strategy if strategy in STRATEGIES else "auto", micro_steps)
+            build = functools.partial(own_step, one, ranks, micro_steps, say)
+            if strategy == "nanogpt":
+                build = functools.partial(nanogpt_step, one, ranks, micro_steps, args.nanogpt)
+            row = measure(build, one, ranks, args.steps, args.profile)
             rows.append({"ranks": ranks.world_size, "strategy": strategy, "micro_steps": micro_steps} | row)
             if ranks.is_main:
                 print(json.dumps(rows[-1]), flush=True)
@@ -176,16 +222,20 @@ def run_ranks(args: argparse.Namespace, cfg: Config) -> None:
 
 def add_rates(rows: list[dict[str, Any]], cfg: Config) -> None:
     """tokens/s a rank, and its share of what one rank alone reaches with as many micro-steps: on average, and the slowest."""
-    alone: dict[int, list[float]] = {}
+    alone: dict[tuple[bool, int], list[float]] = {}  # by whether it is nanoGPT, and micro-steps
     for row in rows:
         tokens = row["micro_steps"] * cfg.data.batch_size * cfg.model.block_size
         row["tokens_per_s_per_rank"] = round(1e3 * tokens / row["step_ms"])
         if row["ranks"] == 1:
-            alone.setdefault(row["micro_steps"], []).append(row["tokens_per_s_per_rank"])
+            alone.setdefault(kind_of(row), []).append(row["tokens_per_s_per_rank"])
     for row in rows:
-        base, rate = alone.get(row["micro_steps"]), row["tokens_per_s_per_rank"]
+        base, rate = alone.get(kind_of(row)), row["tokens_per_s_per_rank"]
         row["efficiency"] = round(rate / statistics.mean(base), 4) if base else None
         row["of_slowest"] = round(rate / min(base), 4) if base else None
+
+
+def kind_of(row: dict[str, Any]) -> tuple[bool, int]:
+    return row["strategy"] == "nanogpt", row["micro_steps"]
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -205,6 +255,7 @@ def main() -> int:
     parser.add_argument("--strategies", type=strategies, default="ddp,zero1,fsdp", help="any of the three, with commas between")
     parser.add_argument("--micro_steps", type=positive_ints, default="1,4", help="micro-steps a rank")
     parser.add_argument("--steps", type=positive_int, default=10)
+    parser.add_argument("--nanogpt", type=nanogpt_folder, help="the folder of nanoGPT's model.py: its DDP as well")
     parser.add_argument("--no_profile", dest="profile", action="store_false", help="do not measure exposed communication")
     parser.add_argument("--json", type=output_file, help="write the figures here as well")
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # a launch writes its figures here
@@ -221,6 +272,7 @@ def main() -> int:
             "--device=cpu tries the script, with a small model"
         )
     flags = [f"--strategies={','.join(args.strategies)}", f"--micro_steps={','.join(map(str, args.micro_steps))}"]
+    flags += [f"--nanogpt={args.nanogpt}"] if args.nanogpt else []
     own = [__file__, *flags, f"--steps={args.steps}", *([] if args.profile else ["--no_profile"]), *knobs]
     rows, failed = [], False
     for n in args.ranks:

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from command_line import fresh_state, load_model_config, output_file, parser_of, with_strategy
+from command_line import fresh_state, load_model_config, nanogpt_folder, output_file, parser_of, with_strategy
 
 from configurator import Config, UserError, run_command
 
@@ -66,21 +66,32 @@ def peer_step(model: Any, loss_of: Callable[[Any, Any], Any], cfg: Config) -> St
     """A peer's step: its loss, clipping and fused AdamW as their own training loops have them."""
     import torch
 
-    optim = cfg.optim
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) is wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), fused=True)
+    update = peer_update(model, cfg)
 
     def step(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             loss = loss_of(idx, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         return loss.detach()
 
     return step
+
+
+def peer_update(model: Any, cfg: Config) -> Callable[[], None]:
+    import torch
+
+    optim = cfg.optim
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) is wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=(optim.beta1, optim.beta2), fused=True)
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
 
 
 @contextmanager
@@ -96,15 +107,20 @@ def importing(package: str, remedy: str) -> Iterator[None]:
 def nanogpt(cfg: Config, path: str) -> Step:
     import torch
 
+    model = nanogpt_model(cfg, path).cuda()
+    compiled = torch.compile(model)
+    return peer_step(model, lambda idx, targets: compiled(idx, targets)[1], cfg)
+
+
+def nanogpt_model(cfg: Config, path: str) -> Any:
+    """Of its own code, with the sizes of `cfg`."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
     m = cfg.model
     sizes = dict(n_layer=m.n_layer, n_head=m.n_head, n_embd=m.n_embd, block_size=m.block_size, vocab_size=m.vocab_size)
-    model = module.GPT(module.GPTConfig(**sizes, bias=m.bias, dropout=m.dropout)).cuda()
-    compiled = torch.compile(model)
-    return peer_step(model, lambda idx, targets: compiled(idx, targets)[1], cfg)
+    return module.GPT(module.GPTConfig(**sizes, bias=m.bias, dropout=m.dropout))
 
 
 def transformers(cfg: Config, _: str) -> Step:
@@ -205,8 +221,8 @@ def peer(name: str) -> str:
         raise argparse.ArgumentTypeError(f"no {contestant!r}; there are {', '.join(CONTESTANTS)}")
     if contestant == "transformer_engine" and argument not in RECIPES:
         raise argparse.ArgumentTypeError(f"{name}: {contestant}:RECIPE takes one of {', '.join(RECIPES)}")
-    if contestant == "nanogpt" and not (argument and Path(argument, "model.py").is_file()):
-        raise argparse.ArgumentTypeError(f"{name}: {contestant}:PATH takes the folder of its model.py")
+    if contestant == "nanogpt":
+        nanogpt_folder(argument)
     return name
 
 

@@ -36,14 +36,35 @@ def test_train_overhead(tmp_path: Path) -> None:
     assert json.loads(figures.read_text())["train.py"]["median_ms"] > 0
 
 
+LIKE_NANOGPT = """
+import dataclasses, torch
+
+GPTConfig = dataclasses.make_dataclass("GPTConfig", "n_layer n_head n_embd block_size vocab_size bias dropout".split())
+
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = torch.nn.Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, idx, targets):
+        logits = self.head(self.embedding(idx))
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
 def test_scaling(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    flags = ["--vocab_size=64", "--use_fp8", "--steps=2", "--micro_steps=1", f"--json={figures}"]
+    (tmp_path / "model.py").write_text(LIKE_NANOGPT)
+    flags = ["--vocab_size=64", "--use_fp8", "--steps=2", "--micro_steps=1", f"--nanogpt={tmp_path}", f"--json={figures}"]
     output = run("scaling.py", "config/train_gpt2.py", *TINY, *flags)
     assert output.count("FP8 is left out, and products run in float32: a CPU has no FP8 products") == 2  # once a launch
     rows = json.loads(figures.read_text())["rows"]
-    assert [(row["ranks"], row["strategy"]) for row in rows] == [(1, "alone"), (2, "ddp"), (2, "zero1"), (2, "fsdp")]
-    assert rows[0]["efficiency"] == 1 and all(row["of_slowest"] > 0 for row in rows)
+    alone, together = [(1, "alone"), (1, "nanogpt")], [(2, "ddp"), (2, "zero1"), (2, "fsdp"), (2, "nanogpt")]
+    assert [(row["ranks"], row["strategy"]) for row in rows] == [*alone, *together]
+    assert rows[0]["efficiency"] == rows[1]["efficiency"] == 1 and all(row["of_slowest"] > 0 for row in rows)
+    nanogpt = [row["tokens_per_s_per_rank"] for row in rows if row["strategy"] == "nanogpt"]
+    assert rows[-1]["efficiency"] == pytest.approx(nanogpt[1] / nanogpt[0], abs=1e-3)  # of its own, and not of ours
     assert all(row[name] is None for row in rows for name in row if name.endswith("_gib"))  # not measured on a CPU
 
 
@@ -61,7 +82,7 @@ def test_what_is_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("transformer_engine:delayd", "transformer_engine:delayd: transformer_engine:RECIPE takes one of bf16, delayed, current"),
         ("transformer_engine", "transformer_engine: transformer_engine:RECIPE takes one of bf16, delayed, current"),
-        ("nanogpt:nowhere", "nanogpt:nowhere: nanogpt:PATH takes the folder of its model.py"),
+        ("nanogpt:nowhere", "nowhere: there is no model.py of nanoGPT's"),
         ("litgpt", "no 'litgpt'; there are nanotrain, nanogpt, transformers, torchtitan, transformer_engine"),
     ],
 )
@@ -98,7 +119,7 @@ def test_scaling_by_the_strategy_of_each_row(tmp_path: Path, monkeypatch: pytest
     scaling = importlib.import_module("scaling")
     monkeypatch.setattr(parallel, "start_ranks", lambda *_: parallel.Ranks(0, 2, torch.device("cpu")))
 
-    def measure(cfg: Config, ranks: parallel.Ranks, micro_steps: int, *_: object) -> dict[str, object]:
+    def measure(build: object, cfg: Config, *_: object) -> dict[str, object]:
         return {"asked": cfg.parallel.asked, "micro_steps_of_all": cfg.data.gradient_accumulation_steps}
 
     monkeypatch.setattr(scaling, "measure", measure)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -239,12 +240,12 @@ def test_eight_ranks_that_share_gpus(runs: Runs) -> None:
 def measure_memory(argv: list[str]) -> None:
     """On every rank: what benchmarks/scaling.py measures."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from scaling import measure
+    from scaling import measure, own_step
 
     with ExitStack() as stack:
         cfg = load_config(argv)
         ranks = start_ranks(cfg.run, cfg.parallel, stack)
-        row = measure(cfg, ranks, micro_steps=1, n_steps=2, profile=False, say=lambda line: None)
+        row = measure(partial(own_step, cfg, ranks, 1, lambda line: None), cfg, ranks, n_steps=2, profile=False)
         if ranks.is_main:
             print("measured", json.dumps(row))
 
