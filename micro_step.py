@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from configurator import Config
+from layout import Layout
 from parallel import random_state, set_random_state
 from precision import LossScale, autocast
-from sharding import Layout
 
 MicroStep = Callable[[Tensor, Tensor], Tensor]  # idx and targets (B, T) -> the loss, whose gradients it adds up
 

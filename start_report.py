@@ -17,11 +17,11 @@ from configurator import Config
 from data.loader import SampleOrder
 from data.tokens import Dataset
 from flops import FP8_LEFT_OUT, checkpoint_bytes, count_parameters, flops_per_token, peak_tflops
+from layout import Layout
 from micro_step import compiles, replays_graph
 from parallel import device_name
 from plan import LAW, start_section, three_digits
 from precision import dtype_name
-from sharding import Layout
 from startup import TrainState
 from training_logger import Throughput
 

@@ -41,13 +41,14 @@ from evaluation import Prompt
 from flops import checkpoint_bytes
 from fp8 import Fp8
 from hellaswag import Questions, find_source, read_items, tokenize
+from layout import Layout
 from model import build_model
 from optim import build_optimizer, optimizer_tensors
 from parallel import Ranks, StopRequest, random_state, set_random_state
 from precision import LossScale, dtype_name
 from pretrained import Pretrained, check_tokenizer, load_weights, with_pretrained
 from profiling import is_out_of_memory, out_of_memory_help
-from sharding import Layout, put_rows
+from sharding import put_rows
 from training_logger import TrainingLogger, new_run_name
 
 

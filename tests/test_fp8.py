@@ -15,9 +15,9 @@ from configurator import Config, DataConfig, Fp8Config, ModelConfig, UserError, 
 from fp8 import E4M3, E5M2, FP8_PRODUCTS, Fp8, Fp8Linear, by_class, choose_fp8, losses_above, scale_of, why_not
 from kernels import REFERENCE
 from kernels.reference import quantize
+from layout import Layout
 from model import Transformer, build_model
 from parallel import Ranks
-from sharding import Layout
 from tiny_runs import Runs
 
 CPU = torch.device("cpu")

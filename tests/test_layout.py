@@ -20,8 +20,8 @@ from configurator import ROOT, SECTIONS, SampleConfig, knobs_of, load_config, lo
 MAY_IMPORT = {
     "train": """startup checkpoint configurator data evaluation flops fp8 micro_step optim parallel plan precision
         profiling sharding start_report training_logger""",
-    "start_report": "checkpoint configurator data flops micro_step parallel plan precision sharding startup training_logger",
-    "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels model optim parallel
+    "start_report": "checkpoint configurator data flops layout micro_step parallel plan precision startup training_logger",
+    "startup": """checkpoint configurator data evaluation flops fp8 hellaswag kernels layout model optim parallel
         precision pretrained profiling sharding training_logger""",
     "evaluation": "configurator data generation hellaswag model parallel precision",
     "profiling": "configurator memory parallel plan",
@@ -36,11 +36,12 @@ MAY_IMPORT = {
     "checkpoint_files": "configurator parallel",
     "training_logger": "configurator run_file",
     "run_file": "",
-    "micro_step": "configurator parallel precision sharding",
+    "micro_step": "configurator layout parallel precision",
     "model": "configurator kernels precision",
     "precision": "configurator kernels",
     "fp8": "configurator flops kernels parallel precision",
-    "sharding": "configurator exchange memory optim parallel precision",
+    "sharding": "configurator exchange layout memory optim parallel precision",
+    "layout": "configurator optim parallel",
     "exchange": "configurator parallel",
     "parallel": "configurator",
     "optim": "configurator",

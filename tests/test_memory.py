@@ -20,6 +20,7 @@ import kernels
 from configurator import ROOT, load_config
 from exchange import PIECE, RING_PIECES, Copies
 from flops import PEAKS, count_parameters
+from layout import Layout
 from memory import (
     GPU_MEMORY_GIB,
     LOGITS_BYTES,
@@ -40,7 +41,7 @@ from memory import (
 from model import Transformer
 from parallel import Ranks
 from precision import DTYPES, autocast
-from sharding import DataParallelBehind, Layout
+from sharding import DataParallelBehind
 
 GIB = 2**30
 LLAMA = ["config/full_llama_1.36b.py"]

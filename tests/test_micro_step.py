@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import kernels
 from configurator import load_config
+from layout import Layout
 from micro_step import GraphedMicroStep, MicroStep
 from model import build_model
 from optim import build_optimizer, update
 from parallel import Ranks
-from sharding import Layout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
 BATCHES = [torch.randint(16, (2, 4, 8), generator=torch.Generator().manual_seed(i)) for i in range(6)]  # idx, targets (4, 8)

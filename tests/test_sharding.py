@@ -35,12 +35,13 @@ from configurator import ROOT, Fp8Config, load_config
 from exchange import own_rows
 from fp8 import Fp8
 from kernels import REFERENCE
+from layout import Layout
 from memory import USABLE, predict_memory
 from model import build_model
 from optim import Gradients, build_optimizer, optimizer_tensors, update
 from parallel import Ranks, start_ranks
 from precision import LossScale, autocast
-from sharding import DataParallelBehind, Layout, ReduceScatterByCopies, choose_layout, put_rows
+from sharding import DataParallelBehind, ReduceScatterByCopies, choose_layout, put_rows
 from startup import TrainState
 from tiny_runs import LLAMA, Runs, nothing
 

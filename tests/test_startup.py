@@ -21,11 +21,12 @@ from flops import flops_per_token
 from fp8 import Fp8
 from hf_convert import export_model
 from kernels import REFERENCE
+from layout import Layout
 from memory import settled
 from parallel import Ranks
 from pretrained import open_pretrained
 from run_file import StepRecord, step_record
-from sharding import DataParallel, DataParallelBehind, FullyShard, Layout, Zero1
+from sharding import DataParallel, DataParallelBehind, FullyShard, Zero1
 from tiny_runs import Runs
 
 
