@@ -59,15 +59,20 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     optimizer = adamw(groups, rounded=rounded, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)
     # Made now and not in the first step, so that a checkpoint always finds the same tensors.
-    for p, average, square in zip(tensors, zeros_like_each(tensors), zeros_like_each(tensors), strict=True):
+    (_, averages), (_, squares) = laid_zeros(tensors), laid_zeros(tensors)
+    for p, average, square in zip(tensors, averages, squares, strict=True):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p].update(step=step, exp_avg=average, exp_avg_sq=square)
     return optimizer
 
 
-def zeros_like_each(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """In one piece of memory: CUDA's allocator may add a MiB to each that it is asked for: 3 % of what each of four ranks has."""
-    return laid_out(tensors[0].new_zeros(laid_rows(tensors), LAID_ROW), tensors)
+def laid_zeros(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(one piece of memory, (laid_rows, LAID_ROW); its parts that are like these).
+
+    CUDA's allocator may add a MiB to each piece that it is asked for: 3 % of AdamW's moments on each of four ranks.
+    """
+    memory = tensors[0].new_zeros(laid_rows(tensors), LAID_ROW)
+    return memory, laid_out(memory, tensors)
 
 
 def laid_rows(tensors: Iterable[torch.Tensor]) -> int:

@@ -26,7 +26,7 @@ from configurator import Config, UserError, nearest
 from exchange import Collectives, Copies, Wait, choose_exchange, own_rows, share_of
 from layout import Layout, Part
 from memory import GIB, USABLE, exchanges_behind, first_that_fits, how_often, predict_memory, settled
-from optim import LAID_ROW, Gradients, laid_out, laid_rows
+from optim import LAID_ROW, Gradients, laid_out, laid_rows, laid_zeros
 from parallel import Ranks
 from precision import dtype_name
 
@@ -107,7 +107,7 @@ class DataParallelBehind(DataParallel):
     def share(self, parameters: list[nn.Parameter]) -> None:
         _, end = own_rows(laid_rows(parameters), 0, self.ranks.world_size)
         self.exchange = self._choose_copies(end * LAID_ROW, [])
-        self._memory: dict[torch.dtype, Tensor] = {}  # (rows, LAID_ROW), for the gradients of that dtype
+        self._memory: dict[torch.dtype, tuple[Tensor, list[Tensor]]] = {}  # laid_zeros for the gradients of that dtype
 
     def gradients(self) -> Gradients:
         gradients = {part.rows: self.take_gradient(part.parameter) for part in self.parts.values()}
@@ -115,9 +115,10 @@ class DataParallelBehind(DataParallel):
         for dtype in dict.fromkeys(gradient.dtype for gradient in gradients.values()):
             rows, own = zip(*((r, g) for r, g in gradients.items() if g.dtype == dtype), strict=True)
             if dtype not in self._memory:
-                self._memory[dtype] = own[0].new_zeros(laid_rows(own), LAID_ROW)
-            torch._foreach_copy_(laid_out(self._memory[dtype], own), own)
-            means.append((rows, self.exchange.average(self._memory[dtype], everywhere=True)))
+                self._memory[dtype] = laid_zeros(own)
+            memory, places = self._memory[dtype]
+            torch._foreach_copy_(places, own)
+            means.append((rows, self.exchange.average(memory, everywhere=True)))
         self.exchange.finish_averages()
         for rows, mean in means:
             for updated, gradient in zip(rows, laid_out(mean, rows), strict=True):
